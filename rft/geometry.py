@@ -1,0 +1,69 @@
+"""Overlap of spans (seconds) and of boxes (pixels or fractions, (x0, y0, x1, y1)): one definition for every task.
+
+Every function returns a finite number in [0, 1] for any numbers it is given. A reversed span or box, and one with a
+coordinate that is not finite, overlaps nothing, not even itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import inf, isfinite
+
+
+def span_iou(a: Sequence[float], b: Sequence[float]) -> float:
+    """Intersection over union of two spans (start, end); 1 for the same instant twice, 0 for two that are disjoint."""
+    return spans_iou([a], [b])
+
+
+def spans_iou(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> float:
+    """Intersection over union of two sets of spans, each first merged into its union (touching spans become one).
+
+    A union without length scores 1 when both sets are empty or when they name the same instants, else 0. Reversed spans
+    are dropped, and a set left empty by that is not an empty set; one coordinate that is not finite makes the score 0.
+    """
+    if not a and not b:
+        return 1.0
+    if not all(isfinite(x) for span in (*a, *b) for x in span):
+        return 0.0
+    merged_a, merged_b = _merge(a), _merge(b)
+    len_a, len_b = (sum(end - start for start, end in spans) for spans in (merged_a, merged_b))
+    if len_a == len_b == 0:
+        return float(merged_a == merged_b != [])
+    shared, i, j = 0.0, 0, 0
+    while i < len(merged_a) and j < len(merged_b):
+        start, end = max(merged_a[i][0], merged_b[j][0]), min(merged_a[i][1], merged_b[j][1])
+        shared += max(0.0, end - start)
+        if merged_a[i][1] < merged_b[j][1]:
+            i += 1
+        else:
+            j += 1
+    return _ratio(shared, len_a + len_b - shared)
+
+
+def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
+    """Intersection over union of two boxes in the same frame; 0 when the union has no area.
+
+    Unlike an instant, which an annotator may mean, a box without area shows nothing: it scores 0 against itself.
+    """
+    if not all(isfinite(x) for x in (*a, *b)) or a[2] < a[0] or a[3] < a[1] or b[2] < b[0] or b[3] < b[1]:
+        return 0.0
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(0.0, width) * max(0.0, height)
+    area_a, area_b = ((c[2] - c[0]) * (c[3] - c[1]) for c in (a, b))
+    return _ratio(shared, area_a + area_b - shared)
+
+
+def _merge(spans: Iterable[Sequence[float]]) -> list[list[float]]:
+    """The union as disjoint spans in order of time."""
+    merged: list[list[float]] = []
+    for start, end in sorted((start, end) for start, end in spans if start <= end):
+        if merged and start <= merged[-1][1]:
+            merged[-1][1] = max(merged[-1][1], end)
+        else:
+            merged.append([start, end])
+    return merged
+
+
+def _ratio(shared: float, union: float) -> float:
+    """`shared / union` within [0, 1]; coordinates near the largest float can make the union infinite or NaN."""
+    return min(1.0, shared / union) if 0 < union < inf else 0.0
