@@ -1,0 +1,41 @@
+"""Samples that cannot be used: each is named with its reason, counted, and past a share the run stops."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rft.errors import DataError
+
+
+class Quarantine:
+    """Ids and reasons, appended to `path` as JSON lines. `total` is the number of samples they are a share of."""
+
+    def __init__(self, path: Path | None, *, total: int, max_share: float) -> None:
+        self._path, self._total, self._max_share = path, total, max_share
+        self.reasons: dict[str, str] = {}
+
+    def __contains__(self, sample_id: str) -> bool:
+        return sample_id in self.reasons
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+    def add(self, sample_id: str, reason: DataError | str) -> None:
+        """Put one aside, with a line on the terminal.
+
+        Raises:
+            DataError: more than `max_share` of the samples are now set aside.
+        """
+        self.reasons[sample_id] = str(reason)
+        if self._path:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"sample": sample_id, "reason": str(reason)}, ensure_ascii=False) + "\n")
+        print(f"quarantined {len(self)} of {self._total}: {reason}", flush=True)
+        if len(self) > self._max_share * self._total:
+            raise DataError(
+                str(self._path or "data"),
+                f"{len(self)} of {self._total} samples cannot be used, more than data.max_bad_share={self._max_share:g}; "
+                f"the last: {reason}",
+                "repair or drop these samples, or raise data.max_bad_share",
+            )

@@ -1,0 +1,1 @@
+"""A small world with real video files, so that everything runs anywhere."""
