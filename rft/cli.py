@@ -1,0 +1,105 @@
+"""The `rft` command. Heavy rooms are entered by the subcommand that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rft.errors import RecipeError, RftError
+
+# Set before any library reads them: no telemetry, no fork warning from tokenizers that were used before a fork.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the exit code. Errors of ours are printed as three short parts, without a traceback."""
+    options = parser().parse_args(argv)
+    try:
+        return options.run(options) or 0
+    except RftError as error:
+        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """All subcommands and their arguments."""
+    top = argparse.ArgumentParser(prog="rft", description="Reinforcement fine-tuning for multimodal LLMs, video first.")
+    commands = top.add_subparsers(metavar="COMMAND", required=True)
+
+    def command(name: str, run: object, help: str, recipe: bool = True) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help)
+        sub.set_defaults(run=run)
+        if recipe:
+            sub.add_argument("recipe", help="a YAML file: a path, or recipes/... of the package")
+            sub.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="sets", help="override one value")
+        return sub
+
+    train = command("train", _train, "Train a recipe: every phase, then the table.")
+    train.add_argument("--output", metavar="DIR", help="folder of the run; default: the recipe's, numbered")
+    evaluate = command("eval", _evaluate, "Score a checkpoint on a recipe's test split.")
+    evaluate.add_argument("--checkpoint", required=True, metavar="DIR", help="a model or adapter folder, or a hub name")
+    evaluate.add_argument("--split", default="test", choices=("train", "validation", "test"))
+    evaluate.add_argument("--output", metavar="FILE.json", help="write metrics and answers here")
+    check = command("check", _check, "Look for what would go wrong, without a model: keys, rewards, rows, media, budgets.")
+    check.add_argument("--samples", type=int, default=64, help="rows whose media are opened (default 64, 0 is all)")
+    command("show", _show, "Print a recipe resolved, with the origin of every value.")
+    export = command("export", _export, "Write a checkpoint as a plain model folder.", recipe=False)
+    export.add_argument("checkpoint", help="a checkpoint folder")
+    export.add_argument("output", help="the folder to write")
+    export.add_argument("--merge", action="store_true", help="merge LoRA adapters into the base weights")
+    copy = command("cp", _copy, "Copy a shipped file here, to edit it.", recipe=False)
+    copy.add_argument("name", help="e.g. rewards/grounding.py or recipes/quickstart.yaml")
+    copy.add_argument("target", help="a folder or a file name")
+    return top
+
+
+def _train(options: argparse.Namespace) -> None:
+    from rft.train import train
+
+    train(options.recipe, options.sets, options.output)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from rft.evaluate import evaluate
+
+    evaluate(options.recipe, options.sets, options.checkpoint, split=options.split, output=options.output)
+
+
+def _check(options: argparse.Namespace) -> int:
+    from rft.check import check
+
+    return check(options.recipe, options.sets, num_samples=options.samples)
+
+
+def _show(options: argparse.Namespace) -> None:
+    from rft.recipe import load, show
+
+    print(show(load(options.recipe, options.sets)), end="")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from rft.hf.models import export
+
+    export(options.checkpoint, Path(options.output), merge=options.merge)
+    print(f"written to {options.output}")
+
+
+def _copy(options: argparse.Namespace) -> None:
+    from rft.plugins import find_file, shipped_root
+
+    source = find_file(str(shipped_root() / options.name))
+    target = Path(options.target)
+    target = target / source.name if target.is_dir() else target
+    if target.exists():
+        raise RecipeError(str(target), "there is a file of this name already", "give another name")
+    shutil.copyfile(source, target)
+    print(f"{target} (from {options.name}); name it in a recipe as `use: {target}:FUNCTION`")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

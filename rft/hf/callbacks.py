@@ -1,0 +1,78 @@
+"""What happens beside the steps: a progress bar, the metrics file, and the condition that ends a phase."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback
+
+from rft.condition import Condition
+
+SHOWN = ("loss", "reward", "kl")
+
+
+class Progress(TrainerCallback):
+    """One bar per phase, with an estimate of what is left, the loss and the reward."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._bar = name, None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar = tqdm(total=state.max_steps, desc=self._name, unit="step", dynamic_ncols=True, mininterval=1.0)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        shown = {k: f"{logs[k]:.3g}" for k in SHOWN if logs and isinstance(logs.get(k), float)}
+        if shown:
+            self._bar.set_postfix(shown, refresh=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._bar.close()
+
+
+class MetricsFile(TrainerCallback):
+    """One JSON line per step in `metrics.jsonl`, with the phase and the wall clock."""
+
+    def __init__(self, path: Path, phase: str, started: float) -> None:
+        self._path, self._phase, self._started = path, phase, started
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and "train_runtime" not in logs:
+            self.write(state.global_step, logs)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append one line."""
+        line = {"phase": self._phase, "step": step, "seconds": round(time.time() - self._started, 2), **values}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class Until(TrainerCallback):
+    """Evaluates every `every` steps and ends the phase when the condition holds. Every rank asks and hears the same."""
+
+    def __init__(
+        self,
+        condition: Condition,
+        every: int,
+        evaluate: Callable[[], dict[str, float]],
+        known: Mapping[str, float],
+        report: Callable[[int, Mapping[str, float]], None],
+    ) -> None:
+        self._condition, self._every, self._evaluate = condition, every, evaluate
+        self._known, self._report = known, report
+        self.reached = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step % self._every:
+            return
+        metrics = self._evaluate()
+        self._report(state.global_step, {f"validation/{k}": v for k, v in metrics.items()})
+        if self._condition.holds({**self._known, **metrics}):
+            self.reached = control.should_training_stop = True

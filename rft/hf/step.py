@@ -1,0 +1,252 @@
+"""The step: from the samples of one generation to batches, and from batches to a loss. Read `Stage.step` aloud.
+
+Functions of (model, groups, stage): the trainer only binds them.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rft.algo import ESTIMATORS, OBJECTIVES
+from rft.algo.credit import batch_std, credit
+from rft.algo.diagnostics import describe
+from rft.algo.filters import mute
+from rft.algo.losses import Columns, Normaliser
+from rft.data.pack import pack
+from rft.errors import DataError
+from rft.hf.generate import ModelPolicy
+from rft.hf.logprobs import Lens, token_logprobs
+from rft.hf.together import Together
+from rft.quarantine import Quarantine
+from rft.recipe import Phase
+from rft.rollout.policy import Limits, stream_key
+from rft.rollout.reference import reference_rollout
+from rft.rollout.render import Renderer
+from rft.rollout.single import roll_out
+from rft.scoring import Reward, ScoreReport, score
+from rft.types import WORLD, Batch, Group, Pack, Sample, Scored, Segment
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """What a phase needs to turn samples into batches: everything but the weights."""
+
+    name: str
+    phase: Phase
+    seed: int
+    samples: Sequence[Sample]
+    renderer: Renderer
+    rewards: Sequence[Reward]
+    lens: Lens
+    eos_ids: tuple[int, ...]
+    quarantine: Quarantine
+    rollout_log: RolloutLog | None = None
+
+    @property
+    def limits(self) -> Limits:
+        """The phase's sampling."""
+        s = self.phase.sampling
+        return Limits(max_tokens=s.max_tokens, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
+
+    def step(
+        self, indices: Sequence[int], *, model: torch.nn.Module, reference: Any, step: int, together: Together
+    ) -> tuple[list[Batch], dict[str, list[float]]]:
+        """One generation batch: a batch per sample, in order, and what to log.
+
+        `reference(packs) -> ref_N` is called only when the KL weight is not 0. `together` holds the collectives.
+        """
+        samples, prompts = self.open(indices, step)
+        if self.phase.supervised:
+            groups, metrics = self.annotate(samples, prompts), {}
+        else:
+            groups, metrics = self.explore(samples, prompts, model, step, together)
+        examples = self.credit(groups, together)
+        packs = [self.pack(e, g.muted) for e, g in zip(examples, groups, strict=True)]
+        if self.rollout_log:
+            self.rollout_log.write(step, groups, examples)
+        old = self.log_probs(model, packs) if self.phase.updates > 1 and not self.phase.supervised else None
+        ref = reference(packs) if self.phase.kl.weight and not self.phase.supervised else None
+        return [Batch(pack=p, old_N=old and old[i], ref_N=ref and ref[i]) for i, p in enumerate(packs)], metrics
+
+    def open(self, indices: Sequence[int], step: int) -> tuple[list[Sample], list[Segment]]:
+        """Samples with their prompts. One whose media cannot be read is quarantined, and another drawn in its place."""
+        samples, prompts = [], []
+        for slot, index in enumerate(indices):
+            for attempt in range(len(self.samples)):
+                sample = self.samples[index]
+                if sample.id not in self.quarantine:
+                    try:
+                        prompts.append(self.renderer.prompt(sample))
+                        samples.append(sample)
+                        break
+                    except DataError as error:
+                        self.quarantine.add(sample.id, error)
+                index = stream_key(self.seed, self.name, step, slot, "in place of", attempt) % len(self.samples)
+            else:
+                raise DataError(f"phase {self.name}", "no sample is left that can be read", "see quarantine.jsonl")
+        return samples, prompts
+
+    def annotate(self, samples: Sequence[Sample], prompts: Sequence[Segment]) -> list[Group]:
+        """Supervised groups: the annotation is the only member, and nobody scores it."""
+        return [
+            Group(sample=s, members=(Scored(rollout=reference_rollout(s, self.renderer, p), reward=0.0, parts={}),))
+            for s, p in zip(samples, prompts, strict=True)
+        ]
+
+    def explore(
+        self, samples: list[Sample], prompts: list[Segment], model: torch.nn.Module, step: int, together: Together
+    ) -> tuple[list[Group], dict[str, list[float]]]:
+        """Roll out, score and mute; with `refill`, silent groups make room for other samples, up to n times.
+
+        The log describes what was sampled first: refilling changes what is trained on, not how the policy did.
+        """
+        policy = ModelPolicy(model, self.lens, self.eos_ids, weights=step)
+        groups, report = self.roll_and_score(samples, prompts, policy, (self.seed, self.name, step))
+        metrics = describe(groups)
+        metrics |= {f"reward/{name}/failed": [float(n)] for name, n in report.failed.items() if n}
+        for error in report.errors:
+            print(f"step {step}: {error}", flush=True)
+        for attempt in range(self.phase.refill):
+            silent = [i for i, g in enumerate(groups) if g.muted]
+            if not together.any(bool(silent)):
+                break
+            drawn = [stream_key(self.seed, self.name, step, i, "refill", attempt) % len(self.samples) for i in silent]
+            draw = (self.seed, self.name, step, "refill", attempt)
+            fresh, _ = self.roll_and_score(*self.open(drawn, step), policy, draw)
+            for i, group in zip(silent, fresh, strict=True):
+                groups[i] = group
+        return groups, metrics
+
+    def roll_and_score(
+        self, samples: Sequence[Sample], prompts: Sequence[Segment], policy: ModelPolicy, draw: Sequence[object]
+    ) -> tuple[list[Group], ScoreReport]:
+        """Groups of `group_size` rollouts, scored; those without signal are muted."""
+        rollouts = roll_out(
+            samples,
+            prompts,
+            self.phase.group_size,
+            policy=policy,
+            renderer=self.renderer,
+            limits=self.limits,
+            draw=draw,
+        )
+        groups, report = score(list(zip(samples, rollouts, strict=True)), self.rewards)
+        return list(mute(groups)), report
+
+    def credit(self, groups: Sequence[Group], together: Together) -> list[Any]:
+        """Examples of each group; a batch-wide standard deviation is taken over all ranks."""
+        if self.phase.supervised:
+            return [credit(g, None) for g in groups]
+        params = dict(self.phase.estimator_args)
+        if params.get("std") == "batch":
+            params["batch_std"] = batch_std(together.groups(groups))
+        estimator = ESTIMATORS[self.phase.estimator]
+        return [credit(g, estimator, mask_truncated=self.phase.mask_truncated, **params) for g in groups]
+
+    def pack(self, examples: Sequence[Any], muted: str) -> Pack:
+        """A group on the family's clock."""
+        lens = self.lens
+        return pack(examples, family=lens.family, image_pad_id=lens.image_pad_id, video_pad_id=lens.video_pad_id, muted=muted)
+
+    @torch.no_grad()
+    def log_probs(self, model: torch.nn.Module, packs: Sequence[Pack]) -> list[Tensor]:
+        """Per pack, float32 [N] on the CPU: forwards of the same size as in training."""
+        size, out = self.phase.groups_per_device, []
+        for start in range(0, len(packs), size):
+            chunk = packs[start : start + size]
+            logprobs_N, _ = token_logprobs(model, chunk, self.lens)
+            out += logprobs_N.cpu().split([p.num_trained for p in chunk])
+        return out
+
+    def normaliser(self, packs: Sequence[Pack], *, num_forwards: int, together: Together) -> Normaliser:
+        """Sizes of the optimizer step over all ranks: with updates > 1 each pass covers the whole batch again."""
+        examples = [e for p in packs for e in p.examples]
+        tokens = sum(int((e.authors_T != WORLD).sum()) for e in examples if e.weight)
+        rows, tokens, forwards = together.total([len(examples), tokens, num_forwards])
+        return Normaliser(rows=rows, tokens=tokens, forwards=forwards, max_tokens=self.phase.sampling.max_tokens)
+
+    def loss(self, model: torch.nn.Module, batches: Sequence[Batch], normaliser: Normaliser) -> tuple[Tensor, dict[str, float]]:
+        """The share of the step's loss that these batches carry: summed over all forwards and ranks it is the loss."""
+        phase = self.phase
+        logprobs_N, entropy_N = token_logprobs(
+            model, [b.pack for b in batches], self.lens, temperature=1.0 if phase.supervised else None
+        )
+        columns = columns_of(batches, logprobs_N)
+        loss, sums = OBJECTIVES[phase.objective](
+            columns, normaliser, clip_low=phase.clip.low, clip_high=phase.clip.high, kl=phase.kl
+        )
+        metrics = {name: float(value) for name, value in sums.items()}
+        metrics["entropy"] = float(entropy_N.sum()) / max(normaliser.tokens, 1.0)
+        if not phase.supervised:
+            sampler_N = torch.from_numpy(_trained(batches, "sampler_T")).to(logprobs_N.device)
+            gap_N = (logprobs_N.detach() - sampler_N).abs()
+            metrics["sampler_gap"] = float(gap_N.nan_to_num().sum()) / max(normaliser.tokens, 1.0)
+        return loss, metrics
+
+
+def columns_of(batches: Sequence[Batch], logprobs_N: Tensor) -> Columns:
+    """The flat columns of a forward over these batches."""
+    device = logprobs_N.device
+    examples = [e for b in batches for e in b.pack.examples]
+    lengths = [int((e.authors_T != WORLD).sum()) for e in examples]
+
+    def known(name: str) -> Tensor | None:
+        values = [getattr(b, name) for b in batches]
+        return None if values[0] is None else torch.cat(values).to(device)
+
+    return Columns(
+        logprobs_N=logprobs_N,
+        advantages_N=torch.from_numpy(_trained(batches, "advantages_T")).to(device),
+        row_N=torch.repeat_interleave(torch.tensor(lengths)).to(device),
+        weight_R=torch.tensor([e.weight for e in examples], device=device),
+        old_N=known("old_N"),
+        ref_N=known("ref_N"),
+    )
+
+
+def _trained(batches: Sequence[Batch], column: str) -> np.ndarray:
+    return np.concatenate([getattr(e, column)[e.authors_T != WORLD] for b in batches for e in b.pack.examples])
+
+
+@dataclass(slots=True)
+class RolloutLog:
+    """Every rollout with every reward part, one JSON line each."""
+
+    path: Path
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def write(self, step: int, groups: Sequence[Group], examples: Sequence[Sequence[Any]]) -> None:
+        """Append the groups of one generation."""
+        lines = []
+        for group, rows in zip(groups, examples, strict=True):
+            for member, row in zip(group.members, rows, strict=True):
+                trained = row.advantages_T[row.authors_T != WORLD]
+                lines.append(
+                    json.dumps(
+                        {
+                            "step": step,
+                            "sample": group.sample.id,
+                            "author": "reference" if member.rollout.is_reference else "policy",
+                            "text": member.rollout.text,
+                            "stop": member.rollout.stop,
+                            "tokens": member.rollout.num_tokens,
+                            "reward": member.reward,
+                            "parts": dict(member.parts),
+                            "notes": dict(member.notes),
+                            "advantage": float(trained[0]) if len(trained) else 0.0,
+                            "muted": group.muted,
+                        },
+                        ensure_ascii=False,
+                    )
+                )
+        with self._lock, self.path.open("a", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")

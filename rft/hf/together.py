@@ -1,0 +1,71 @@
+"""What ranks tell each other: each call is made by every rank, the same number of times."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from rft.types import Group
+
+
+class Together:
+    """Collectives over all ranks; without a process group, this process alone."""
+
+    @property
+    def size(self) -> int:
+        """Number of ranks."""
+        return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+    @property
+    def rank(self) -> int:
+        """Rank of this process."""
+        return dist.get_rank() if self.size > 1 else 0
+
+    @property
+    def local_rank(self) -> int:
+        """Rank of this process on its machine."""
+        return int(os.environ.get("LOCAL_RANK", 0))
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, in rank order."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def any(self, value: bool) -> bool:
+        """True when any rank says so."""
+        return any(self.gather(value))
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """Elementwise sums over ranks."""
+        return [float(sum(column)) for column in zip(*self.gather(list(values)), strict=True)]
+
+    def means(self, values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+        """Mean of every name over all values of all ranks."""
+        joined: dict[str, list[float]] = {}
+        for one in self.gather({k: list(v) for k, v in values.items()}):
+            for name, numbers in one.items():
+                joined.setdefault(name, []).extend(numbers)
+        return {name: sum(numbers) / len(numbers) for name, numbers in sorted(joined.items()) if numbers}
+
+    def sums(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sum of every name over all ranks."""
+        joined: dict[str, float] = {}
+        for one in self.gather(dict(values)):
+            for name, number in one.items():
+                joined[name] = joined.get(name, 0.0) + number
+        return joined
+
+    def groups(self, groups: Sequence[Group]) -> list[list[float]]:
+        """Rewards of every group of every rank."""
+        mine = [[m.reward for m in g.members] for g in groups]
+        return [rewards for theirs in self.gather(mine) for rewards in theirs]
+
+    def wait(self) -> None:
+        """Return when every rank has called."""
+        self.gather(None)

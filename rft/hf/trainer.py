@@ -1,0 +1,115 @@
+"""The seam with TRL: a GRPOTrainer whose rows are groups. Only overrides; what they do is in `step.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PrinterCallback
+from trl import GRPOConfig, GRPOTrainer
+from trl.models.utils import unwrap_model_for_generation
+
+from rft.errors import RolloutError
+from rft.hf.compat import reload_weights
+from rft.hf.models import Policy
+from rft.hf.nonfinite import Guard
+from rft.hf.step import Stage
+from rft.hf.together import Together
+from rft.types import Batch, Pack
+
+
+class GroupTrainer(GRPOTrainer):
+    """Trains one phase. TRL keeps its sampler, buffer, reference model, accelerate and checkpoints; the rest is ours."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        stage: Stage,
+        args: GRPOConfig,
+        *,
+        together: Together,
+        guard: Guard,
+        evaluate: Callable[[torch.nn.Module], dict[str, float]] | None = None,
+        callbacks: Sequence[Any] = (),
+    ) -> None:
+        self.stage, self.together, self.guard, self._evaluate = stage, together, guard, evaluate
+        self._sums: dict[str, float] = {}
+        least = args.generation_batch_size // args.num_generations
+        copies = -(-least // len(stage.samples))  # TRL drops what does not fill a generation batch
+        rows = [{"sample": i, "prompt": ""} for i in range(len(stage.samples))] * copies
+        super().__init__(
+            model=policy.model,
+            reward_funcs=[_never_called],
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=policy.processor,
+            callbacks=list(callbacks),
+        )
+        self.remove_callback(PrinterCallback)  # `metrics.jsonl` has every number
+        args.ddp_find_unused_parameters = False  # TRL turns it on for every VLM; it breaks a second forward
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        indices = [row["sample"] for row in inputs[:: self.num_generations]]
+        if len(indices) % self.args.steps_per_generation:
+            raise RolloutError("generation", f"{len(indices)} groups do not fill {self.args.steps_per_generation} micro-steps")
+        with self.at_rest() as model:
+            batches, values = self.stage.step(
+                indices, model=model, reference=self._reference, step=self.state.global_step, together=self.together
+            )
+        for name, mean in self.together.means(values).items():
+            self._metrics["train"][name].append(mean)
+        normaliser = self.stage.normaliser(
+            [b.pack for b in batches], num_forwards=self.args.steps_per_generation, together=self.together
+        )
+        # TRL reads the first value's length, and shuffles and splits lists that have one entry per row
+        return {"sample": torch.tensor(indices), "batch": batches, "normaliser": [normaliser] * len(batches)}
+
+    def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
+        batches: list[Batch] = inputs["batch"]
+        if not batches:
+            raise RolloutError("loss", "a micro-step without groups", "TRL split the batch below one group: a bug, report it")
+        loss, sums = self.stage.loss(model, batches, inputs["normaliser"][0])
+        self.guard.see(batches, loss, self.state.global_step)
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        if (self._step + 1) % self.current_gradient_accumulation_steps == 0:
+            for name, value in self.together.sums(self._sums).items():
+                self._metrics["train"][name].append(value)
+            self._sums = {}
+        return loss * self.together.size  # DDP and ZeRO average over ranks; the normaliser already spans them
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not reload_weights(model or self.model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Our evaluation on the validation split, by the code that evaluates everywhere else."""
+        with self.at_rest() as model:
+            return self._evaluate(model) if self._evaluate else {}
+
+    @contextmanager
+    def at_rest(self) -> Iterator[torch.nn.Module]:
+        """The plain model in eval mode, gathered and without checkpointing; training mode comes back afterwards."""
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
+            was_training = model.training
+            model.eval()
+            try:
+                yield model
+            finally:
+                model.train(was_training)
+
+    def _reference(self, packs: Sequence[Pack]) -> list[Tensor]:
+        """Log-probs under the phase's start: a frozen copy, or the model without its adapter."""
+        if self.ref_model is not None:
+            return self.stage.log_probs(self.ref_model, packs)
+        model = self.accelerator.unwrap_model(self.model)
+        with model.disable_adapter():
+            return self.stage.log_probs(model, packs)
+
+
+def _never_called(**_: Any) -> list[float]:
+    raise RolloutError("reward", "TRL called its own reward path", "the seam is broken: check the TRL version")

@@ -1,0 +1,75 @@
+"""`metrics.jsonl` as one picture: what was rewarded, what was learnt, and whether the policy still explores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+
+PANELS = (
+    ("validation", ("validation/miou", "validation/accuracy", "validation/box_iou")),
+    ("reward", ("reward",)),
+    ("loss", ("nll", "kl", "loss")),
+    ("groups without signal", ("muted",)),
+    ("entropy per token", ("entropy",)),
+    ("completion tokens", ("completion_tokens",)),
+)
+
+
+def draw_curves(metrics: Path, output: Path, *, lines: Mapping[str, float] | None = None) -> None:
+    """Write a PNG with a panel per subject over all phases; `lines` are dashed levels in the validation panel."""
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    phases = list(dict.fromkeys(r["phase"] for r in rows))
+    offsets, end = {}, 0
+    for phase in phases:
+        offsets[phase] = end
+        end += max(r["step"] for r in rows if r["phase"] == phase)
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
+    for axis, (title, names) in zip(axes.flat, PANELS, strict=True):
+        _panel(axis, rows, names, offsets)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel("step")
+        for phase in phases[1:]:
+            axis.axvline(offsets[phase], color="0.7", linewidth=0.8)
+        for phase in phases:
+            axis.annotate(phase, (offsets[phase], 1.0), xycoords=("data", "axes fraction"), fontsize=7, color="0.5",
+                          va="bottom")  # fmt: skip
+    for label, level in (lines or {}).items():
+        axes.flat[0].axhline(level, linestyle="--", linewidth=1, color="0.4")
+        axes.flat[0].annotate(label, (1, level), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom")
+    figure.savefig(output, dpi=120)
+    plt.close(figure)
+
+
+def _panel(axis: Any, rows: list[dict[str, Any]], names: tuple[str, ...], offsets: Mapping[str, int]) -> None:
+    drawn = False
+    for name in names:
+        points = [(offsets[r["phase"]] + r["step"], r[name]) for r in rows if isinstance(r.get(name), int | float)]
+        if not points or (name == "loss" and drawn):
+            continue
+        drawn = True
+        xs, ys = zip(*points, strict=True)
+        if len(ys) > 40:
+            axis.plot(xs, ys, color="tab:blue", alpha=0.2, linewidth=0.7)
+            axis.plot(xs, _smooth(ys), linewidth=1.5, label=name.removeprefix("validation/"))
+        else:
+            axis.plot(xs, ys, marker=".", linewidth=1.5, label=name.removeprefix("validation/"))
+    if drawn:
+        axis.legend(fontsize=7)
+    else:
+        axis.text(0.5, 0.5, "nothing logged", ha="center", va="center", transform=axis.transAxes, color="0.6")
+
+
+def _smooth(values: tuple[float, ...], keep: float = 0.9) -> list[float]:
+    mean, out = values[0], []
+    for value in values:
+        mean = keep * mean + (1 - keep) * value
+        out.append(mean)
+    return out

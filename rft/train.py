@@ -1,0 +1,308 @@
+"""Train a recipe, top to bottom: open the run, open the data, one phase after the other, the table.
+
+`python -m rft.train RECIPE` is the entry point for `accelerate launch`; `rft train RECIPE` is its short form.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import PartialState
+from tqdm import tqdm
+
+from rft.condition import Condition
+from rft.data.frames import FrameStore
+from rft.data.samples import read_samples
+from rft.errors import ClusterError, DataError, RecipeError, RftError
+from rft.evaluation.baselines import best_constant, random_answer
+from rft.evaluation.scorecard import scorecard
+from rft.hf.arguments import arguments
+from rft.hf.callbacks import MetricsFile, Progress, Until
+from rft.hf.generate import ModelPolicy
+from rft.hf.models import Policy, open_policy, trainable_table
+from rft.hf.nonfinite import Guard
+from rft.hf.step import RolloutLog, Stage
+from rft.hf.tiny import make_tiny
+from rft.hf.together import Together
+from rft.hf.trainer import GroupTrainer
+from rft.plugins import load_object
+from rft.quarantine import Quarantine
+from rft.recipe import Loaded, Phase, load, resolved
+from rft.report.curves import draw_curves
+from rft.report.table import table
+from rft.rollout.policy import Limits
+from rft.rollout.render import Renderer
+from rft.scoring import Reward
+from rft.synthetic.world import SPLITS, make_world
+from rft.types import Sample
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A run's folder and what all phases share."""
+
+    folder: Path
+    loaded: Loaded
+    splits: Mapping[str, Sequence[Sample]]
+    frames: FrameStore
+    quarantine: Quarantine
+    together: Together
+    started: float
+
+    def note(self, **values: Any) -> None:
+        """Write `state.json`: where the run is."""
+        if self.together.rank == 0:
+            text = json.dumps({"seconds": round(time.time() - self.started, 1), **values}, indent=1)
+            write_whole(self.folder / "state.json", text)
+
+    def say(self, text: str) -> None:
+        """Print, on the first rank only."""
+        if self.together.rank == 0:
+            print(text, flush=True)
+
+
+def train(name: str, sets: Sequence[str] = (), output: str | None = None) -> dict[str, Any]:
+    """Run every phase of a recipe and return the summary that is written to `summary.json`."""
+    started = time.time()
+    check_launch()
+    loaded = load(name, sets)
+    PartialState(cpu=not torch.cuda.is_available())
+    together = Together()
+    folder = together.gather(_open_folder(loaded, output) if together.rank == 0 else None)[0]
+    run = _open_run(folder, loaded, together, started)
+    recipe = loaded.recipe
+    run.note(status="running", phase="", step=0)
+    try:
+        summary = _phases(run)
+    except BaseException as error:
+        run.note(status="failed", reason=f"{type(error).__name__}: {error}")
+        raise
+    if together.rank == 0:
+        write_whole(folder / "summary.json", json.dumps(summary, indent=1))
+        levels = {k.replace("_", " "): summary[k]["miou"] for k in ("random", "best_constant") if "miou" in summary.get(k, {})}
+        draw_curves(folder / "metrics.jsonl", folder / "curves.png", lines=levels)
+    run.say("\n" + table(summary))
+    run.say(f"\n{recipe.name}: {time.time() - started:.0f} s, everything is in {folder}")
+    run.note(status="finished", phase=list(recipe.phases)[-1], reason="all phases done", quarantined=len(run.quarantine))
+    return summary
+
+
+def _phases(run: Run) -> dict[str, Any]:
+    recipe = run.loaded.recipe
+    model = str(run.folder / "model") if recipe.model == "tiny" else recipe.model
+    if recipe.model == "tiny" and run.together.rank == 0:
+        make_tiny(Path(model), recipe.tiny, seed=recipe.seed)
+    run.together.wait()
+    summary: dict[str, Any] = {}
+    names = list(recipe.phases)
+    for number, name in enumerate(names):
+        target = run.folder / "checkpoint" if number == len(names) - 1 else run.folder / "phases" / name
+        policy = open_policy(model, recipe, train=True)
+        if not number:
+            summary = _trivial(run, renderer_for(run.loaded, policy, recipe.phases[name]))
+        result = _phase(run, name, policy, target, summary)
+        summary["final" if number == len(names) - 1 else name] = result
+        model = str(target)
+        del policy
+        gc.collect()
+    return summary
+
+
+def _trivial(run: Run, renderer: Renderer) -> dict[str, Any]:
+    """The baselines that need no model, on the test split."""
+    train_split, test = run.splits["train"], run.splits["test"]
+    if not test:
+        return {}
+    return {
+        "random": random_answer(test, train_split, renderer, run.loaded.recipe.seed),
+        "best_constant": best_constant(test, train_split, renderer),
+    }
+
+
+def _phase(run: Run, name: str, policy: Policy, target: Path, summary: Mapping[str, Any]) -> dict[str, float]:
+    """Train one phase, save it to `target` and return its metrics on the test split."""
+    recipe, phase = run.loaded.recipe, run.loaded.recipe.phases[name]
+    together = run.together
+    renderer = renderer_for(run.loaded, policy, phase)
+    lens = policy.lens(run.frames, phase.sampling.temperature)
+    limits = Limits(max_tokens=recipe.evaluation.max_tokens, temperature=recipe.evaluation.temperature)
+
+    def evaluate(split: str, model: torch.nn.Module) -> dict[str, float]:
+        samples = run.splits[split][: recipe.evaluation.max_samples or None]
+        answering = ModelPolicy(model, lens, policy.eos_ids)
+        return scorecard(samples, answering, renderer, limits, seed=recipe.seed, together=together)[0]
+
+    stage = Stage(
+        name=name,
+        phase=phase,
+        seed=recipe.seed,
+        samples=[replace(s, messages=tuple(renderer.messages(s))) for s in run.splits["train"]],
+        renderer=renderer,
+        rewards=rewards_for(run.loaded, phase),
+        lens=lens,
+        eos_ids=policy.eos_ids,
+        quarantine=run.quarantine,
+        rollout_log=RolloutLog(run.folder / "rollouts" / f"{name}-{together.rank}.jsonl") if recipe.log_rollouts else None,
+    )
+    guard = Guard(run.folder / "nonfinite" / name, phase.nonfinite, together)
+    metrics_file = MetricsFile(run.folder / "metrics.jsonl", name, run.started)
+    trainer = GroupTrainer(
+        policy,
+        stage,
+        arguments(recipe, name, run.folder / "phases" / name, world=together.size),
+        together=together,
+        guard=guard,
+        evaluate=lambda model: evaluate("validation", model),
+        callbacks=[guard, *([metrics_file, Progress(name)] if together.rank == 0 else [])],
+    )
+    if phase.until:
+        validation = run.splits["validation"]
+        if not validation:
+            raise RecipeError(f"phases.{name}.until", "there is no validation split to look at", "set data.validation")
+        constant = best_constant(validation, run.splits["train"], renderer)
+        known = {"best_constant": next(iter(constant.values()))}
+        report = metrics_file.write if together.rank == 0 else (lambda step, values: None)
+        trainer.add_callback(Until(Condition.parse(phase.until), phase.check_every, trainer.evaluate, known, report))
+    run.say(f"\nphase {name}: {phase.objective}, {phase.groups_per_step} groups a step, up to {phase.steps} steps")
+    run.say(trainable_table(policy.model, policy.family))
+    trainer.train()
+    run.note(status="running", phase=name, step=trainer.state.global_step)
+    with trainer.at_rest() as model:
+        result = evaluate("test", model) if run.splits["test"] else {}
+    trainer.save_model(str(target))
+    if together.rank == 0:
+        policy.processor.save_pretrained(target)
+    together.wait()
+    trainer.accelerator.free_memory()
+    return result
+
+
+def renderer_for(loaded: Loaded, policy: Policy, phase: Phase | None) -> Renderer:
+    """How samples are shown to this policy in this phase."""
+    recipe = loaded.recipe
+    return Renderer(
+        tokenizer=policy.tokenizer,
+        family=policy.family,
+        prompts=recipe.prompts_of(phase),
+        budget=recipe.media,
+        max_prompt_tokens=recipe.max_prompt_tokens,
+    )
+
+
+def rewards_for(loaded: Loaded, phase: Phase) -> list[Reward]:
+    """The phase's rewards, with their functions."""
+    return [
+        Reward(
+            name=name,
+            function=load_object(spec.use, near=loaded.folder),
+            **{
+                f: getattr(spec, f)
+                for f in ("weight", "args", "style", "per", "on_error", "timeout", "concurrency", "partial", "maximum")
+            },
+        )
+        for name, spec in loaded.recipe.rewards_of(phase).items()
+    ]
+
+
+def _open_folder(loaded: Loaded, output: str | None) -> Path:
+    """A folder of its own for this run: the one asked for if it holds no run, else the next free default."""
+    if output:
+        folder = Path(output).absolute()
+        if (folder / "state.json").exists():
+            status = json.loads((folder / "state.json").read_text()).get("status")
+            raise RecipeError(str(folder), f"this folder holds a {status} run", "choose another --output, or move it away")
+    else:
+        base = Path(loaded.recipe.output.format(name=loaded.recipe.name)).absolute()
+        tries = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in range(1, 10_000))
+        folder = next(f for f in tries if not (f / "state.json").exists())
+    (folder / "rollouts").mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "recipe.yaml", yaml.safe_dump(resolved(loaded.recipe), sort_keys=False, allow_unicode=True))
+    return folder
+
+
+def _open_run(folder: Path, loaded: Loaded, together: Together, started: float) -> Run:
+    data = loaded.recipe.data
+    if data.synthetic and together.rank == 0:
+        total = sum(getattr(data.synthetic, s) for s in SPLITS)
+        with tqdm(total=total, desc="rendering videos", unit="clip", dynamic_ncols=True, mininterval=1.0) as bar:
+            make_world(
+                folder / "world",
+                data.synthetic,
+                seed=loaded.recipe.seed,
+                progress=lambda done: bar.update(done - bar.n),
+            )
+    together.wait()
+    splits, bad = {}, []
+    for split in SPLITS:
+        path = folder / "world" / f"{split}.jsonl" if data.synthetic else loaded.path(getattr(data, split))
+        if not data.synthetic and not getattr(data, split):
+            splits[split] = []
+            continue
+        splits[split], wrong = read_samples(path)
+        bad += wrong
+    total = len(bad) + sum(map(len, splits.values()))
+    quarantine = Quarantine(folder / "quarantine.jsonl", total=total, max_share=data.max_bad_share)
+    for row in bad:
+        quarantine.add(row.id, row.reason)
+    if not splits["train"]:
+        raise DataError("data.train", "there is nothing to train on", "set data.train to a JSONL file with usable rows")
+    return Run(
+        folder=folder, loaded=loaded, splits=splits, frames=FrameStore(int(data.frame_cache_gb * 2**30)),
+        quarantine=quarantine, together=together, started=started,
+    )  # fmt: skip
+
+
+def check_launch(environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse launches that look like several processes and are one.
+
+    Raises:
+        ClusterError: MASTER_ADDR is set without WORLD_SIZE, which is what `accelerate launch --cpu --num_processes 2` does.
+    """
+    if "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
+        raise ClusterError(
+            "launch",
+            "MASTER_ADDR is set but WORLD_SIZE is not: this is one process, whatever number was asked for",
+            "use `accelerate launch --multi_gpu --num_processes N -m rft.train RECIPE`, on a CPU as well",
+        )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Replace a file whole: a reader never sees half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of `rft train`."""
+    parser = argparse.ArgumentParser(prog="rft train", description="Train a recipe.")
+    parser.add_argument("recipe", help="a YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="sets", help="override one value")
+    parser.add_argument("--output", help="folder of the run; default: the recipe's, numbered")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    options = parser().parse_args(argv)
+    try:
+        train(options.recipe, options.sets, options.output)
+    except RftError as error:
+        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
