@@ -153,6 +153,7 @@ def _phase(run: Run, name: str, policy: Policy, target: Path, summary: Mapping[s
         lens=lens,
         eos_ids=policy.eos_ids,
         quarantine=run.quarantine,
+        vision_learns=recipe.trainable.vision or recipe.trainable.projector,
         rollout_log=RolloutLog(run.folder / "rollouts" / f"{name}-{together.rank}.jsonl") if recipe.log_rollouts else None,
     )
     guard = Guard(run.folder / "nonfinite" / name, phase.nonfinite, together)

@@ -71,6 +71,7 @@ def stage_of(
         lens=policy.lens(FrameStore(2**28), phase.sampling.temperature),
         eos_ids=policy.eos_ids,
         quarantine=Quarantine(None, total=len(samples), max_share=0.5),
+        vision_learns=any(p.requires_grad for n, p in policy.model.named_parameters() if "visual" in n),
     )
 
 
@@ -82,12 +83,11 @@ def opened(folder: Path, phase: Phase, **changes: Any) -> Policy:
 
 def gradients(policy: Policy, stage: Stage, indices: Sequence[int], order: Sequence[Sequence[int]]) -> torch.Tensor:
     """Flat gradient of one optimizer step: the generation of `indices`, in micro-steps of the given slots."""
-    together = Together()
-    batches, _ = stage.step(indices, model=policy.model, reference=None, step=0, together=together)
-    normaliser = stage.normaliser([b.pack for b in batches], num_forwards=len(order), together=together)
+    batches, agreed, _ = stage.step(indices, model=policy.model, reference=None, step=0, together=Together())
+    agreed = replace(agreed, normaliser=replace(agreed.normaliser, forwards=len(order)))
     policy.model.zero_grad()
     for slots in order:
-        loss, _ = stage.loss(policy.model, [batches[i] for i in slots], normaliser)
+        loss, _ = stage.loss(policy.model, [batches[i] for i in slots], agreed)
         loss.backward()
     return flat_gradient(policy.model)
 

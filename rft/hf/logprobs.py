@@ -18,6 +18,9 @@ from rft.hf.pixels import patchify
 from rft.types import WORLD, Pack, View
 
 
+MEDIA_INPUTS = (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw"))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lens:
     """What a forward needs to know besides the pack: how pixels are found, and which ids no policy may write.
@@ -34,36 +37,54 @@ class Lens:
     suppressed: tuple[int, ...]
     temperature: float = 1.0
 
-    def media_inputs(self, views: Sequence[View], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-        """pixel_values*, *_grid_thw for the views of all rows, in order; a view shown twice is patchified once."""
+    def media_inputs(
+        self, views: Sequence[View], device: torch.device, dtype: torch.dtype, fillers: Sequence[str] = ()
+    ) -> dict[str, Tensor]:
+        """pixel_values*, *_grid_thw for the views of all rows, in order; a view shown twice is patchified once.
+
+        Each filler kind gets the smallest black picture at the end, for a filler row.
+        """
         patches = {v: patchify(torch.tensor(self.frames.get(v)).to(device), v, self.family) for v in set(views)}
+        black = torch.zeros(self.family.merge**2, 3 * self.family.temporal_patch * self.family.patch**2, device=device)
         inputs = {}
-        for kind, pixels, grid in (
-            ("image", "pixel_values", "image_grid_thw"),
-            ("video", "pixel_values_videos", "video_grid_thw"),
-        ):
+        for kind, pixels, grid in MEDIA_INPUTS:
             shown = [v for v in views if v.kind == kind]
-            if shown:
-                inputs[pixels] = torch.cat([patches[v] for v in shown]).to(dtype)
-                inputs[grid] = torch.tensor([v.grid for v in shown], device=device)
+            blocks, grids = [patches[v] for v in shown], [v.grid for v in shown]
+            if kind in fillers:
+                blocks.append(black)
+                grids.append((1, self.family.merge, self.family.merge))
+            if blocks:
+                inputs[pixels] = torch.cat(blocks).to(dtype)
+                inputs[grid] = torch.tensor(grids, device=device)
         return inputs
 
 
 def token_logprobs(
-    model: torch.nn.Module, packs: Sequence[Pack], lens: Lens, *, temperature: float | None = None
+    model: torch.nn.Module,
+    packs: Sequence[Pack],
+    lens: Lens,
+    *,
+    temperature: float | None = None,
+    kinds: frozenset[str] = frozenset(),
 ) -> tuple[Tensor, Tensor]:
     """Log-prob and entropy of every trained token of `packs`, float32 [N] each; the entropy carries no gradient.
 
-    One wrapped forward, whatever the number of packs: ranks that run different numbers of forwards hang.
+    One wrapped forward, whatever the number of packs: ranks that run different numbers of forwards hang. So do ranks that
+    run different modules: a kind of media in `kinds` that no pack shows gets a filler row, with weight 0 in the result.
     """
     examples = [e for p in packs for e in p.examples]
+    views = [v for e in examples for v in e.views]
+    fillers = sorted(kinds - {v.kind for v in views})
     device, dtype = _device_and_dtype(model)
     lengths = [len(e.ids_T) for e in examples]
     width = max(lengths)
-    ids_BT = np.full((len(examples), width), lens.pad_id, dtype=np.int64)
-    mask_BT = np.zeros((len(examples), width), dtype=np.int64)
-    kinds_BT = np.zeros((len(examples), width), dtype=np.int32)
-    positions_3BT = np.zeros((3, len(examples), width), dtype=np.int64)
+    ids_BT = np.full((len(examples) + len(fillers), width), lens.pad_id, dtype=np.int64)
+    mask_BT = np.zeros(ids_BT.shape, dtype=np.int64)
+    kinds_BT = np.zeros(ids_BT.shape, dtype=np.int32)
+    positions_3BT = np.zeros((3, *ids_BT.shape), dtype=np.int64)
+    for row, kind in enumerate(fillers, len(examples)):
+        ids_BT[row, 0] = lens.image_pad_id if kind == "image" else lens.video_pad_id
+        mask_BT[row, 0], kinds_BT[row, 0] = 1, 1 if kind == "image" else 2
     rows_N, columns_N = [], []
     for row, (example, kinds_T, positions_3T) in enumerate(
         zip(examples, (k for p in packs for k in p.modalities), (x for p in packs for x in p.positions), strict=True)
@@ -84,12 +105,17 @@ def token_logprobs(
         mm_token_type_ids=torch.from_numpy(kinds_BT).to(device),
         logits_to_keep=torch.arange(first, width - 1, device=device),
         use_cache=False,
-        **lens.media_inputs([v for e in examples for v in e.views], device, dtype),
+        **lens.media_inputs(views, device, dtype, fillers),
     )
     rows = torch.from_numpy(rows_N).to(device)
     columns = torch.from_numpy(columns_N).to(device)
     logits_NV = outputs.logits[rows, columns - 1 - first]
-    return _select(logits_NV, ids[rows, columns], lens.suppressed, lens.temperature if temperature is None else temperature)
+    logprobs_N, entropy_N = _select(
+        logits_NV, ids[rows, columns], lens.suppressed, lens.temperature if temperature is None else temperature
+    )
+    if fillers:
+        logprobs_N = logprobs_N + 0.0 * outputs.logits[len(examples) :].float().sum()
+    return logprobs_N, entropy_N
 
 
 def policy_logits(logits: Tensor, suppressed: Sequence[int], temperature: float) -> Tensor:

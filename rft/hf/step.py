@@ -37,6 +37,14 @@ from rft.types import WORLD, Batch, Group, Pack, Sample, Scored, Segment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """What all ranks know of one generation: the sizes of its optimizer step, and the kinds of media in any forward."""
+
+    normaliser: Normaliser
+    kinds: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
     """What a phase needs to turn samples into batches: everything but the weights."""
 
@@ -49,6 +57,7 @@ class Stage:
     lens: Lens
     eos_ids: tuple[int, ...]
     quarantine: Quarantine
+    vision_learns: bool = False
     rollout_log: RolloutLog | None = None
 
     @property
@@ -59,10 +68,10 @@ class Stage:
 
     def step(
         self, indices: Sequence[int], *, model: torch.nn.Module, reference: Any, step: int, together: Together
-    ) -> tuple[list[Batch], dict[str, list[float]]]:
-        """One generation batch: a batch per sample, in order, and what to log.
+    ) -> tuple[list[Batch], Agreement, dict[str, list[float]]]:
+        """One generation: a batch per sample, in order, what the ranks agreed on, and what to log.
 
-        `reference(packs) -> ref_N` is called only when the KL weight is not 0. `together` holds the collectives.
+        `reference(packs, kinds) -> ref_N` is called only when the KL weight is not 0. `together` holds the collectives.
         """
         samples, prompts = self.open(indices, step)
         if self.phase.supervised:
@@ -73,9 +82,12 @@ class Stage:
         packs = [self.pack(e, g.muted) for e, g in zip(examples, groups, strict=True)]
         if self.rollout_log:
             self.rollout_log.write(step, groups, examples)
-        old = self.log_probs(model, packs) if self.phase.updates > 1 and not self.phase.supervised else None
-        ref = reference(packs) if self.phase.kl.weight and not self.phase.supervised else None
-        return [Batch(pack=p, old_N=old and old[i], ref_N=ref and ref[i]) for i, p in enumerate(packs)], metrics
+        agreed = self.agree(packs, together)
+        samples_anew = not self.phase.supervised
+        old = self.log_probs(model, packs, agreed.kinds) if samples_anew and self.phase.updates > 1 else None
+        ref = reference(packs, agreed.kinds) if samples_anew and self.phase.kl.weight else None
+        batches = [Batch(pack=p, old_N=old and old[i], ref_N=ref and ref[i]) for i, p in enumerate(packs)]
+        return batches, agreed, metrics
 
     def open(self, indices: Sequence[int], step: int) -> tuple[list[Sample], list[Segment]]:
         """Samples with their prompts. One whose media cannot be read is quarantined, and another drawn in its place."""
@@ -158,27 +170,42 @@ class Stage:
         return pack(examples, family=lens.family, image_pad_id=lens.image_pad_id, video_pad_id=lens.video_pad_id, muted=muted)
 
     @torch.no_grad()
-    def log_probs(self, model: torch.nn.Module, packs: Sequence[Pack]) -> list[Tensor]:
+    def log_probs(self, model: torch.nn.Module, packs: Sequence[Pack], kinds: frozenset[str]) -> list[Tensor]:
         """Per pack, float32 [N] on the CPU: forwards of the same size as in training."""
         size, out = self.phase.groups_per_device, []
         for start in range(0, len(packs), size):
             chunk = packs[start : start + size]
-            logprobs_N, _ = token_logprobs(model, chunk, self.lens)
+            logprobs_N, _ = token_logprobs(model, chunk, self.lens, kinds=kinds)
             out += logprobs_N.cpu().split([p.num_trained for p in chunk])
         return out
 
-    def normaliser(self, packs: Sequence[Pack], *, num_forwards: int, together: Together) -> Normaliser:
-        """Sizes of the optimizer step over all ranks: with updates > 1 each pass covers the whole batch again."""
+    def agree(self, packs: Sequence[Pack], together: Together) -> Agreement:
+        """Sizes and media over all ranks. A generation is one optimizer step; further updates cover it again.
+
+        Where the vision tower learns, text alone still counts as an image: parameters that one rank leaves without a
+        gradient stop the others.
+        """
         examples = [e for p in packs for e in p.examples]
         tokens = sum(int((e.authors_T != WORLD).sum()) for e in examples if e.weight)
-        rows, tokens, forwards = together.total([len(examples), tokens, num_forwards])
-        return Normaliser(rows=rows, tokens=tokens, forwards=forwards, max_tokens=self.phase.sampling.max_tokens)
+        forwards = -(-len(packs) // self.phase.groups_per_device)
+        rows, tokens, forwards = together.total([len(examples), tokens, forwards])
+        kinds = together.union({v.kind for e in examples for v in e.views})
+        if self.vision_learns:
+            kinds = kinds or {"image"}
+        limit = self.phase.sampling.max_tokens
+        normaliser = Normaliser(rows=rows, tokens=tokens, forwards=forwards, max_tokens=limit)
+        return Agreement(normaliser=normaliser, kinds=frozenset(kinds))
 
-    def loss(self, model: torch.nn.Module, batches: Sequence[Batch], normaliser: Normaliser) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, model: torch.nn.Module, batches: Sequence[Batch], agreed: Agreement) -> tuple[Tensor, dict[str, float]]:
         """The share of the step's loss that these batches carry: summed over all forwards and ranks it is the loss."""
+        normaliser = agreed.normaliser
         phase = self.phase
         logprobs_N, entropy_N = token_logprobs(
-            model, [b.pack for b in batches], self.lens, temperature=1.0 if phase.supervised else None
+            model,
+            [b.pack for b in batches],
+            self.lens,
+            temperature=1.0 if phase.supervised else None,
+            kinds=agreed.kinds,
         )
         columns = columns_of(batches, logprobs_N)
         loss, sums = OBJECTIVES[phase.objective](

@@ -41,6 +41,10 @@ class Together:
         """True when any rank says so."""
         return any(self.gather(value))
 
+    def union(self, values: set[str]) -> set[str]:
+        """What any rank has."""
+        return set().union(*self.gather(values))
+
     def total(self, values: Sequence[float]) -> list[float]:
         """Elementwise sums over ranks."""
         return [float(sum(column)) for column in zip(*self.gather(list(values)), strict=True)]

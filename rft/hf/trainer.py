@@ -57,22 +57,20 @@ class GroupTrainer(GRPOTrainer):
         if len(indices) % self.args.steps_per_generation:
             raise RolloutError("generation", f"{len(indices)} groups do not fill {self.args.steps_per_generation} micro-steps")
         with self.at_rest() as model:
-            batches, values = self.stage.step(
+            batches, agreed, values = self.stage.step(
                 indices, model=model, reference=self._reference, step=self.state.global_step, together=self.together
             )
         for name, mean in self.together.means(values).items():
             self._metrics["train"][name].append(mean)
-        normaliser = self.stage.normaliser(
-            [b.pack for b in batches], num_forwards=self.args.steps_per_generation, together=self.together
-        )
         # TRL reads the first value's length, and shuffles and splits lists that have one entry per row
-        return {"sample": torch.tensor(indices), "batch": batches, "normaliser": [normaliser] * len(batches)}
+        return {"sample": torch.tensor(indices), "batch": batches, "agreed": [agreed] * len(batches)}
 
     def _compute_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Tensor:
         batches: list[Batch] = inputs["batch"]
         if not batches:
-            raise RolloutError("loss", "a micro-step without groups", "TRL split the batch below one group: a bug, report it")
-        loss, sums = self.stage.loss(model, batches, inputs["normaliser"][0])
+            what = "TRL split the batch below one group: a bug, report it"
+            raise RolloutError("loss", "a micro-step without groups", what)
+        loss, sums = self.stage.loss(model, batches, inputs["agreed"][0])
         self.guard.see(batches, loss, self.state.global_step)
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
@@ -102,13 +100,13 @@ class GroupTrainer(GRPOTrainer):
             finally:
                 model.train(was_training)
 
-    def _reference(self, packs: Sequence[Pack]) -> list[Tensor]:
+    def _reference(self, packs: Sequence[Pack], kinds: frozenset[str]) -> list[Tensor]:
         """Log-probs under the phase's start: a frozen copy, or the model without its adapter."""
         if self.ref_model is not None:
-            return self.stage.log_probs(self.ref_model, packs)
+            return self.stage.log_probs(self.ref_model, packs, kinds)
         model = self.accelerator.unwrap_model(self.model)
         with model.disable_adapter():
-            return self.stage.log_probs(model, packs)
+            return self.stage.log_probs(model, packs, kinds)
 
 
 def _never_called(**_: Any) -> list[float]:

@@ -1,0 +1,66 @@
+"""Two gloo processes equal one with accumulation doubled, with video, image and text rows in one run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.stages import relative
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_alone(*command: str, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A subprocess that sees no launcher of ours."""
+    kept = {k: v for k, v in os.environ.items() if k not in ("MASTER_ADDR", "WORLD_SIZE", "RANK", "LOCAL_RANK")}
+    return subprocess.run(
+        command, cwd=ROOT, env={**kept, "OMP_NUM_THREADS": "1", **environment}, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def launched(processes: int, *arguments: str) -> list[str]:
+    port = str(29500 + os.getpid() % 1000)
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--main_process_port", port]
+    return [sys.executable, *launcher, "-m", *arguments]
+
+
+@pytest.fixture(scope="session")
+def mixed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of three modalities, so that ranks meet different ones in the same micro-step."""
+    folder = tmp_path_factory.mktemp("mixed")
+    clips = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(4):
+        Image.fromarray(rng.integers(0, 255, (32, 40, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        rows.append({**clips[i], "video": str(world / clips[i]["video"])})
+        rows.append({"id": f"image{i}", "image": f"{i}.png", "question": "Which option?", "answer": "B", "task": "grounding"})
+        rows.append({"id": f"text{i}", "question": f"Which option is right, {i}?", "answer": "A", "task": "grounding"})
+    (folder / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_two_ranks_equal_one(family: str, tiny_folders: dict[str, Path], mixed: Path, tmp_path: Path) -> None:
+    arguments = ("tests.rank_main", str(tmp_path), str(tiny_folders[family]), str(mixed))
+    for command in (launched(2, *arguments), [sys.executable, "-m", *arguments]):
+        done = run_alone(*command)
+        assert done.returncode == 0, done.stderr[:4000]
+    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    assert (one["accumulation"], first["accumulation"]) == (4, 2)
+    assert len(one["gradients"]) == 2
+    for alone, left, right in zip(one["gradients"], first["gradients"], second["gradients"], strict=True):
+        assert alone.norm() > 1e-4
+        assert torch.equal(left, right)
+        assert relative(left, alone) <= 1e-5
+    for alone, pair in zip(one["logs"], first["logs"], strict=True):
+        for name in ("reward", "completion_tokens", "entropy"):
+            assert pair[name] == pytest.approx(alone[name], rel=1e-5), name

@@ -1,0 +1,52 @@
+"""Run under a launcher by tests/equivalence/test_ranks.py: train two steps and save every step's gradient.
+
+python -m tests.rank_main OUT MODEL DATA: writes OUT/WORLD-RANK.pt.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import rft.hf  # isort: skip  # makes torchvision importable for what follows
+import torch
+from accelerate import PartialState
+from transformers import TrainerCallback
+
+from rft.hf.arguments import arguments
+from rft.hf.models import open_policy
+from rft.hf.nonfinite import Guard
+from rft.hf.together import Together
+from rft.hf.trainer import GroupTrainer
+from tests.stages import flat_gradient, phase_of, recipe_of, stage_of
+
+
+class Keep(TrainerCallback):
+    def __init__(self) -> None:
+        self.gradients: list[torch.Tensor] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.gradients.append(flat_gradient(model).clone())
+
+
+def main(out: Path, model: str, data: Path) -> None:
+    PartialState(cpu=True)
+    together = Together()
+    phase = phase_of(groups_per_device=1, learning_rate=1e-5)
+    recipe = recipe_of(phase)
+    policy = open_policy(model, recipe, train=True)
+    stage = stage_of(policy, phase, data)
+    guard, keep = Guard(out / "nonfinite", "stop", together), Keep()
+    args = arguments(recipe, "only", out / "run", world=together.size)
+    trainer = GroupTrainer(policy, stage, args, together=together, guard=guard, callbacks=[guard, keep])
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "reward" in log]
+    torch.save(
+        {"gradients": keep.gradients, "logs": logs, "accumulation": args.gradient_accumulation_steps},
+        out / f"{together.size}-{together.rank}.pt",
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
