@@ -1,8 +1,8 @@
-"""Text that a model wrote -> a value, or None. Nothing here raises on a string, evaluates it, or takes more than linear time.
+"""Text that a model wrote -> a value, or None. Nothing here raises on a string, evaluates it, or needs more than linear time.
 
 Numbers are ASCII decimals without exponent. A number that is only a piece of something else (`frame12`, `1,625`, `1e1`,
-`1+1`) is not read: a wrong number is worse than none. Patterns use possessive quantifiers (`++`) so that no text, however
-hostile, makes them try twice.
+`1+1`) is not read: a wrong number is worse than none. Quantifiers are possessive (`++`), so that no text, however hostile,
+makes a pattern try again.
 """
 
 from __future__ import annotations
@@ -12,6 +12,41 @@ from collections.abc import Container
 from math import isfinite
 
 _DECIMAL = r"[0-9]++(?:\.[0-9]++)?+"
+
+_NUMBER = r"[0-9]++(?:\.[0-9]*+)?+"  # a sentence may end in "to 4."
+_HOURS, _MINUTES, _SECONDS = (
+    rf"\s*+(?:{words})(?![^\W0-9])" for words in ("hours?|hrs?|h", "minutes?|mins?|m", "seconds?|secs?|s")
+)
+_TIME = (
+    r"[0-9]++:[0-5][0-9](?::[0-5][0-9])?+(?:\.[0-9]*+)?+"
+    rf"|{_NUMBER}{_HOURS}(?:\s*+{_NUMBER}{_MINUTES})?+(?:\s*+{_NUMBER}{_SECONDS})?+"
+    rf"|{_NUMBER}{_MINUTES}(?:\s*+{_NUMBER}{_SECONDS})?+"
+    rf"|{_NUMBER}(?:{_SECONDS})?+"
+)
+_PHRASE = re.compile(
+    r"(?<![\w.+*/^\u2212\u2013-])(?<![0-9][:,])"  # no sign (minus and en dash included), no tail of a longer number
+    rf"({_TIME})\s++(?:to|and)\s++({_TIME})(?![\w%]|[.,:][0-9])"
+)
+_PIECE = re.compile(r"([0-9.]++)\s*+([hms]?)")
+_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
+
+_PAIR = rf"(?:\(\s*+{_DECIMAL}\s*+,\s*+{_DECIMAL}\s*+\)|\[\s*+{_DECIMAL}\s*+,\s*+{_DECIMAL}\s*+\])"
+_PAIRS = rf"{_PAIR}(?:\s*+,\s*+{_PAIR})*+(?:\s*+,)?+"
+_SPANS = re.compile(rf"\[\s*+(?:{_PAIRS})?+\s*+\]|\(\s*+(?:{_PAIRS})?+\s*+\)|{_PAIRS}")
+_FENCED = re.compile(r"```[a-z]*+\s([^`]*+)```")
+
+_FOUR = r"\s*+,\s*+".join([f"-?+{_DECIMAL}"] * 4)
+_BOX = re.compile(rf"\[\s*+{_FOUR}\s*+\]|\(\s*+{_FOUR}\s*+\)")
+
+# "A man" and "I think" are English; "A is right" and "A or B" speak of an option.
+_ENGLISH = r"\s++(?!(?:or|and|is|because)\b)\w"
+_LETTER = rf"(?<!\w)(?<!\w['\u2019-])([B-HJ-Z]|[AI](?!{_ENGLISH}))(?!\w)(?!['\u2019-]\w)"
+_CLAIMS = (
+    re.compile(rf"(?i:\banswer(?:\s++is|\s*+:))\W{{0,4}}{_LETTER}"),
+    re.compile(r"\A\W{0,8}([A-Z])(?:\W*+\Z|[.):\]*])"),
+    re.compile(r"[(\[]([A-Z])[)\]]"),
+    re.compile(_LETTER),
+)
 
 
 def tagged(text: str | None, tag: str) -> str | None:
@@ -27,23 +62,6 @@ def tagged(text: str | None, tag: str) -> str | None:
     return text[start : text.find(closing, start)].strip()
 
 
-# -- seconds ---------------------------------------------------------------------------------------------------------------
-
-_HOURS, _MINUTES, _SECONDS = (
-    rf"\s*+(?:{words})(?![^\W0-9])" for words in ("h(?:ou)?rs?|h", "min(?:ute)?s?|m", "sec(?:ond)?s?|s")
-)
-_NUMBER = r"[0-9]++(?:\.[0-9]*+)?+"  # "2." is a number here
-_TIME = (
-    r"[0-9]++:[0-5][0-9](?::[0-5][0-9])?+(?:\.[0-9]*+)?+"
-    rf"|{_NUMBER}{_HOURS}(?:\s*+{_NUMBER}{_MINUTES})?+(?:\s*+{_NUMBER}{_SECONDS})?+"
-    rf"|{_NUMBER}{_MINUTES}(?:\s*+{_NUMBER}{_SECONDS})?+"
-    rf"|{_NUMBER}(?:{_SECONDS})?+"
-)
-_PHRASE = re.compile(rf"(?<![\w.+*/^−–-])(?<![0-9][:,])({_TIME})\s++(?:to|and)\s++({_TIME})(?![\w%]|[.,:][0-9])", re.IGNORECASE)
-_PIECE = re.compile(r"([0-9.]++)\s*+([hms]?)", re.IGNORECASE)
-_UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0}
-
-
 def time_span(text: str | None) -> tuple[float, float] | None:
     """The last "a to b" or "a and b" of the text, in seconds and in the order read: judging a reversed span is not ours.
 
@@ -51,66 +69,36 @@ def time_span(text: str | None) -> tuple[float, float] | None:
     Without a unit it means seconds, but the first takes the unit of the second ("2 to 3 minutes"). Blanks may be newlines,
     words have any case. A dash is not read as "to", and nothing in a video has a negative time: "-2.0 to 4.0" is None.
     """
-    phrases = _PHRASE.findall(text or "")
+    phrases = _PHRASE.findall((text or "").lower())
     if not phrases:
         return None
     first, second = phrases[-1]
-    span = (_seconds(first, _PIECE.findall(second)[-1][1] or "s"), _seconds(second, "s"))
+    span = (_seconds(first, unit=_PIECE.findall(second)[-1][1] or "s"), _seconds(second, unit="s"))
     return span if all(map(isfinite, span)) else None
-
-
-def _seconds(time: str, unit: str) -> float:
-    if ":" in time:
-        return sum(float(part) * 60**place for place, part in enumerate(reversed(time.split(":"))))
-    return sum(float(number) * _UNITS[(own or unit).lower()] for number, own in _PIECE.findall(time))
-
-
-_PAIR = rf"(?:\(\s*+{_DECIMAL}\s*+,\s*+{_DECIMAL}\s*+\)|\[\s*+{_DECIMAL}\s*+,\s*+{_DECIMAL}\s*+\])"
-_PAIRS = rf"{_PAIR}(?:\s*+,\s*+{_PAIR})*+(?:\s*+,)?+"
-_SPANS = re.compile(rf"\[\s*+(?:{_PAIRS})?+\s*+\]|{_PAIRS}")
-_FENCED = re.compile(r"```[a-z]*+\s([^`]*+)```")
 
 
 def time_spans(text: str | None) -> list[tuple[float, float]] | None:
     """Spans in seconds from a text that is a list of pairs and nothing else; None when any part of it is not.
 
-    Pairs are tuples or lists, with or without the outer brackets: `[(1.0, 2.0), (3.5, 4)]`, `[[1, 2]]`, `(1, 2)`. Blanks,
-    a trailing comma and a code fence are allowed; signs, units, clocks and bare points (`1.`, `.5`) are not. `[]` is [].
+    Pairs are tuples or lists, with or without brackets around them all: `[(1.0, 2.0), (3.5, 4)]`, `[[1, 2]]`, `(1, 2)`.
+    Blanks, a trailing comma and a code fence are allowed; signs, units, clocks and bare points (`1.`, `.5`) are not. The
+    empty list is an answer of its own: `[]` gives [].
     """
     text = (text or "").strip()
-    fenced = _FENCED.fullmatch(text)
-    if not _SPANS.fullmatch(text := fenced[1].strip() if fenced else text):
-        return None
-    numbers = [float(number) for number in re.findall(_DECIMAL, text)]
-    return list(zip(numbers[::2], numbers[1::2], strict=True)) if all(map(isfinite, numbers)) else None
-
-
-# -- space -----------------------------------------------------------------------------------------------------------------
-
-_FOUR = r"\s*+,\s*+".join([rf"-?+{_DECIMAL}"] * 4)
-_BOX = re.compile(rf"\[\s*+{_FOUR}\s*+\]|\(\s*+{_FOUR}\s*+\)")
+    if fenced := _FENCED.fullmatch(text):
+        text = fenced[1].strip()
+    numbers = [float(number) for number in re.findall(_DECIMAL, text)] if _SPANS.fullmatch(text) else [float("nan")]
+    return list(zip(numbers[::2], numbers[1::2])) if all(map(isfinite, numbers)) else None
 
 
 def boxes(text: str | None) -> list[tuple[float, float, float, float]] | None:
-    """Every `[x0, y0, x1, y1]` of the text, in order, or None when there is none.
+    """Every `[x0, y0, x1, y1]` or `(x0, y0, x1, y1)` of the text, in order, or None when there is none.
 
     Lists of lists, JSON (`{"bbox_2d": [..]}`), code fences and prose around them need no rule of their own. A minus is read:
     a box may reach out of its frame. Brackets that hold anything but four numbers are passed over.
     """
-    found = [tuple(float(number) for number in re.findall(rf"-?{_DECIMAL}", box)) for box in _BOX.findall(text or "")]
+    found = [tuple(map(float, re.findall(f"-?{_DECIMAL}", box))) for box in _BOX.findall(text or "")]
     return [box for box in found if all(map(isfinite, box))] or None
-
-
-# -- letters ---------------------------------------------------------------------------------------------------------------
-
-# "A man" and "I think" are English, "A is right" and "A or B" speak of an option.
-_LETTER = r"(?<!\w)(?<!\w['’-])([B-HJ-Z]|[AI](?!\s++(?!(?:or|and|is|because)\b)\w))(?!\w)(?!['’-]\w)"
-_CLAIMS = (
-    re.compile(rf"(?i:\banswer(?:\s++is|\s*+:))\W{{0,4}}{_LETTER}"),
-    re.compile(r"\A\W{0,8}([A-Z])(?:\W*+\Z|[.):\]*])"),
-    re.compile(r"[(\[]([A-Z])[)\]]"),
-    re.compile(_LETTER),
-)
 
 
 def choice(text: str | None, letters: Container[str]) -> str | None:
@@ -125,3 +113,10 @@ def choice(text: str | None, letters: Container[str]) -> str | None:
             if match[1] in letters:
                 return match[1]
     return None
+
+
+def _seconds(time: str, *, unit: str) -> float:
+    """The seconds of a `_TIME`; `unit` is that of a number which has none."""
+    if ":" in time:
+        return sum(float(part) * 60**place for place, part in enumerate(reversed(time.split(":"))))
+    return sum(float(number) * _UNITS[own or unit] for number, own in _PIECE.findall(time))

@@ -57,7 +57,6 @@ class FrameStore:
         with self._lock:
             future.set_result(pixels)
             self.bytes += pixels.nbytes
-            for old in [k for k, f in self._kept.items() if f.done()]:
-                if self.bytes <= self.max_bytes:
-                    break
-                self.bytes -= self._kept.pop(old).result().nbytes
+            while self.bytes > self.max_bytes:
+                oldest = next(k for k, f in self._kept.items() if f.done())  # this very view, if all others are being read
+                self.bytes -= self._kept.pop(oldest).result().nbytes

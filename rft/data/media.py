@@ -24,6 +24,7 @@ import av
 import numpy as np
 import torch
 from av.stream import Disposition
+from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps
 
 from rft.errors import DataError
@@ -366,10 +367,13 @@ def _decode(view: View, found: Probe, missing: dict[int, int], out: np.ndarray, 
     groups |= {g - 1 for i in view.frames if groups and (g := found.groups[i]) and found.pts[i] < found.keys[g]}
     wanted = {found.keys[g] for g in groups}
 
+    reformatter = VideoReformatter()  # a frame's own would set up its colour conversion anew each time
+
     def keep(frames: Sequence[av.VideoFrame]) -> None:
         for frame in frames:
             if frame.pts in missing and not frame.is_corrupt:
-                out[missing.pop(frame.pts)] = _shown(view.source, frame.to_ndarray(format="rgb24"), view)
+                pixels_HWC = reformatter.reformat(frame, format="rgb24").to_ndarray()
+                out[missing.pop(frame.pts)] = _shown(view.source, pixels_HWC, view)
 
     with _opened(view.source) as (container, stream):
         if is_seeking and groups and min(groups) > 0:

@@ -79,7 +79,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=[], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=500, special_tokens=[], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     core.train_from_iterator(_corpus(), trainer)
     core.add_special_tokens(list(SPECIALS))
@@ -94,7 +94,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def _corpus() -> list[str]:
     phrases = [
-        "system user assistant", "You are a helpful assistant.", "When does the square appear? Answer in seconds.",
+        "system user assistant", "You are a helpful assistant.", "When is the square visible? Answer in seconds.",
         "<answer>3.0 to 5.0</answer>", "<think>look at the frames</think><answer>0.5 to 7.5</answer>",
         "From which second to which second is the bright square visible?", "Which option is right? A B C D",
         "<answer>(B)</answer>", "<answer>[12, 40, 88, 96]</answer>", "Find the box of the object in the picture.",
