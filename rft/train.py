@@ -28,7 +28,7 @@ from rft.errors import ClusterError, DataError, RecipeError, RftError
 from rft.evaluation.baselines import best_constant, random_answer
 from rft.evaluation.scorecard import scorecard
 from rft.hf.arguments import arguments
-from rft.hf.callbacks import MetricsFile, Progress, Until
+from rft.hf.callbacks import Look, MetricsFile, Progress
 from rft.hf.generate import ModelPolicy
 from rft.hf.models import Policy, open_policy, trainable_table
 from rft.hf.nonfinite import Guard
@@ -167,18 +167,27 @@ def _phase(run: Run, name: str, policy: Policy, target: Path, summary: Mapping[s
         evaluate=lambda model: evaluate("validation", model),
         callbacks=[guard, *([metrics_file, Progress(name)] if together.rank == 0 else [])],
     )
-    if phase.until:
-        validation = run.splits["validation"]
-        if not validation:
-            raise RecipeError(f"phases.{name}.until", "there is no validation split to look at", "set data.validation")
+    validation = run.splits["validation"]
+    if phase.until and not validation:
+        raise RecipeError(f"phases.{name}.until", "there is no validation split to look at", "set data.validation")
+    look = None
+    if validation and phase.check_every:
         constant = best_constant(validation, run.splits["train"], renderer)
-        known = {"best_constant": next(iter(constant.values()))}
-        report = metrics_file.write if together.rank == 0 else (lambda step, values: None)
-        trainer.add_callback(Until(Condition.parse(phase.until), phase.check_every, trainer.evaluate, known, report))
+        look = Look(
+            phase.check_every,
+            trainer.evaluate,
+            metrics_file.write if together.rank == 0 else lambda step, values: None,
+            until=Condition.parse(phase.until) if phase.until else None,
+            known={"best_constant": next(iter(constant.values()))},
+        )
+        trainer.add_callback(look)
     run.say(f"\nphase {name}: {phase.objective}, {phase.groups_per_step} groups a step, up to {phase.steps} steps")
     run.say(trainable_table(policy.model, policy.family))
     trainer.train()
     run.note(status="running", phase=name, step=trainer.state.global_step)
+    if phase.until:
+        ended = f"ended at step {trainer.state.global_step}" if look.reached else "was not reached"
+        run.say(f"phase {name}: {phase.until}: {ended}")
     with trainer.at_rest() as model:
         result = evaluate("test", model) if run.splits["test"] else {}
     trainer.save_model(str(target))
@@ -246,10 +255,10 @@ def _open_run(folder: Path, loaded: Loaded, together: Together, started: float) 
     together.wait()
     splits, bad = {}, []
     for split in SPLITS:
-        path = folder / "world" / f"{split}.jsonl" if data.synthetic else loaded.path(getattr(data, split))
+        splits[split] = []
         if not data.synthetic and not getattr(data, split):
-            splits[split] = []
             continue
+        path = folder / "world" / f"{split}.jsonl" if data.synthetic else loaded.path(getattr(data, split))
         splits[split], wrong = read_samples(path)
         bad += wrong
     total = len(bad) + sum(map(len, splits.values()))

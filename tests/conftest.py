@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -10,7 +11,9 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from rft.hf.tiny import make_tiny
 from rft.recipe import Tiny, World
@@ -30,3 +33,19 @@ def tiny_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve training clips and four of each other split, as mp4 and JSONL."""
     return make_world(tmp_path_factory.mktemp("world"), World(train=12, validation=4, test=4), seed=3)
+
+
+@pytest.fixture(scope="session")
+def mixed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows of three modalities, so that ranks meet different ones in the same micro-step."""
+    folder = tmp_path_factory.mktemp("mixed")
+    clips = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(4):
+        Image.fromarray(rng.integers(0, 255, (32, 40, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+        rows.append({**clips[i], "video": str(world / clips[i]["video"])})
+        rows.append({"id": f"image{i}", "image": f"{i}.png", "question": "Which option?", "answer": "B", "task": "grounding"})
+        rows.append({"id": f"text{i}", "question": f"Which option is right, {i}?", "answer": "A", "task": "grounding"})
+    (folder / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return folder

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import rft.hf  # isort: skip  # makes torchvision importable for what follows
+import rft.hf  # noqa: F401  # isort: skip  (makes torchvision importable for transformers)
 import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
@@ -27,7 +27,8 @@ class Keep(TrainerCallback):
         self.gradients: list[torch.Tensor] = []
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.gradients.append(flat_gradient(model).clone())
+        if any(p.grad is not None for p in model.parameters()):  # DeepSpeed holds its own
+            self.gradients.append(flat_gradient(model).clone())
 
 
 def main(out: Path, model: str, data: Path) -> None:
@@ -41,7 +42,7 @@ def main(out: Path, model: str, data: Path) -> None:
     args = arguments(recipe, "only", out / "run", world=together.size)
     trainer = GroupTrainer(policy, stage, args, together=together, guard=guard, callbacks=[guard, keep])
     trainer.train()
-    logs = [log for log in trainer.state.log_history if "reward" in log]
+    logs = [log for log in trainer.state.log_history if "grad_norm" in log]
     torch.save(
         {"gradients": keep.gradients, "logs": logs, "accumulation": args.gradient_accumulation_steps},
         out / f"{together.size}-{together.rank}.pt",

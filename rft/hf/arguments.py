@@ -8,6 +8,7 @@ import torch
 from trl import GRPOConfig
 
 from rft.errors import RecipeError
+from rft.hf.models import pick_dtype
 from rft.recipe import Phase, Recipe
 
 SUPERVISED_ROWS = 2  # TRL wants at least two rows per group; a supervised group still has one member
@@ -39,8 +40,6 @@ def arguments(recipe: Recipe, name: str, folder: Path, *, world: int) -> GRPOCon
     phase = recipe.phases[name]
     rows = rows_per_group(phase)
     steps = accumulation(phase, world, f"phases.{name}")
-    has_gpu = torch.cuda.is_available()
-    bf16 = has_gpu and recipe.dtype in ("auto", "bfloat16")
     return GRPOConfig(
         output_dir=str(folder),
         per_device_train_batch_size=phase.groups_per_device * rows,
@@ -59,8 +58,8 @@ def arguments(recipe: Recipe, name: str, folder: Path, *, world: int) -> GRPOCon
         weight_decay=phase.weight_decay,
         max_grad_norm=phase.max_grad_norm,
         seed=recipe.seed,
-        bf16=bf16,
-        use_cpu=not has_gpu,
+        bf16=pick_dtype(recipe.dtype) == torch.bfloat16,
+        use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=recipe.gradient_checkpointing,
         save_strategy="steps" if recipe.save_steps else "no",
         save_steps=recipe.save_steps or 500,

@@ -54,19 +54,20 @@ class MetricsFile(TrainerCallback):
             file.write(json.dumps(line) + "\n")
 
 
-class Until(TrainerCallback):
-    """Evaluates every `every` steps and ends the phase when the condition holds. Every rank asks and hears the same."""
+class Look(TrainerCallback):
+    """Evaluates every `every` steps, and ends the phase when a condition holds. Every rank asks and hears the same."""
 
     def __init__(
         self,
-        condition: Condition,
         every: int,
         evaluate: Callable[[], dict[str, float]],
-        known: Mapping[str, float],
         report: Callable[[int, Mapping[str, float]], None],
+        *,
+        until: Condition | None = None,
+        known: Mapping[str, float],
     ) -> None:
-        self._condition, self._every, self._evaluate = condition, every, evaluate
-        self._known, self._report = known, report
+        self._every, self._evaluate, self._report = every, evaluate, report
+        self._until, self._known = until, known
         self.reached = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -74,5 +75,5 @@ class Until(TrainerCallback):
             return
         metrics = self._evaluate()
         self._report(state.global_step, {f"validation/{k}": v for k, v in metrics.items()})
-        if self._condition.holds({**self._known, **metrics}):
+        if self._until and self._until.holds({**self._known, **metrics}):
             self.reached = control.should_training_stop = True

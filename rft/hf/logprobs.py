@@ -17,7 +17,6 @@ from rft.families import Family
 from rft.hf.pixels import patchify
 from rft.types import WORLD, Pack, View
 
-
 MEDIA_INPUTS = (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw"))
 
 

@@ -31,19 +31,19 @@ def draw_curves(metrics: Path, output: Path, *, lines: Mapping[str, float] | Non
     for phase in phases:
         offsets[phase] = end
         end += max(r["step"] for r in rows if r["phase"] == phase)
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
+    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5))
     for axis, (title, names) in zip(axes.flat, PANELS, strict=True):
         _panel(axis, rows, names, offsets)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
-        for phase in phases[1:]:
-            axis.axvline(offsets[phase], color="0.7", linewidth=0.8)
+        axis.set_xlim(0, end)
         for phase in phases:
-            axis.annotate(phase, (offsets[phase], 1.0), xycoords=("data", "axes fraction"), fontsize=7, color="0.5",
-                          va="bottom")  # fmt: skip
+            axis.axvline(offsets[phase], color="0.8", linewidth=0.8)
+            axis.text(offsets[phase] + end / 100, 0.01, phase, fontsize=7, color="0.5", transform=axis.get_xaxis_transform())
     for label, level in (lines or {}).items():
         axes.flat[0].axhline(level, linestyle="--", linewidth=1, color="0.4")
-        axes.flat[0].annotate(label, (1, level), xycoords=("axes fraction", "data"), fontsize=7, ha="right", va="bottom")
+        axes.flat[0].text(0.99, level, label, fontsize=7, ha="right", va="bottom", transform=axes.flat[0].get_yaxis_transform())
+    figure.tight_layout()
     figure.savefig(output, dpi=120)
     plt.close(figure)
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from tests.stages import relative
 
@@ -28,24 +25,16 @@ def run_alone(*command: str, timeout: float = 240, **environment: str) -> subpro
 
 def launched(processes: int, *arguments: str) -> list[str]:
     port = str(29500 + os.getpid() % 1000)
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes), "--main_process_port", port]
+    launcher = [
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        str(processes),
+        "--main_process_port",
+        port,
+    ]
     return [sys.executable, *launcher, "-m", *arguments]
-
-
-@pytest.fixture(scope="session")
-def mixed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows of three modalities, so that ranks meet different ones in the same micro-step."""
-    folder = tmp_path_factory.mktemp("mixed")
-    clips = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
-    rng = np.random.default_rng(0)
-    rows = []
-    for i in range(4):
-        Image.fromarray(rng.integers(0, 255, (32, 40, 3), dtype=np.uint8)).save(folder / f"{i}.png")
-        rows.append({**clips[i], "video": str(world / clips[i]["video"])})
-        rows.append({"id": f"image{i}", "image": f"{i}.png", "question": "Which option?", "answer": "B", "task": "grounding"})
-        rows.append({"id": f"text{i}", "question": f"Which option is right, {i}?", "answer": "A", "task": "grounding"})
-    (folder / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return folder
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
