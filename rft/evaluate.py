@@ -28,7 +28,7 @@ from rft.train import check_launch, renderer_for, write_whole
 def evaluate(
     name: str, sets: Sequence[str], checkpoint: str, *, split: str = "test", output: str | None = None
 ) -> dict[str, Any]:
-    """Metrics of `checkpoint` on a split, with the trivial baselines beside them; `output` gets them as JSON.
+    """Metrics of `checkpoint` on a split, the trivial baselines and every answer; `output` gets them as JSON.
 
     Raises:
         DataError: the split is empty, holds bad rows, or a sample cannot be shown: nothing is left out in silence.
@@ -50,20 +50,18 @@ def evaluate(
     metrics, rollouts = scorecard(
         samples, ModelPolicy(policy.model, lens, policy.eos_ids), renderer, limits, seed=recipe.seed, together=together
     )
-    result: dict[str, Any] = {"checkpoint": metrics}
+    baselines = {}
     if train:
-        result |= {
+        baselines = {
             "random": random_answer(samples, train, renderer, recipe.seed),
             "best_constant": best_constant(samples, train, renderer),
         }
+    answers = [{"sample": r.sample_id, "text": r.text, "stop": r.stop} for r in rollouts]
+    result = {**metrics, "baselines": baselines, "split": split, "samples": len(samples), "answers": answers}
     if together.rank == 0:
-        print(table(result), flush=True)
+        print(table({**baselines, "checkpoint": metrics}), flush=True)
         if output:
-            answers = [{"sample": r.sample_id, "text": r.text, "stop": r.stop} for r in rollouts]
-            write_whole(
-                Path(output),
-                json.dumps({**result, "split": split, "samples": len(samples), "answers": answers}, indent=1),
-            )
+            write_whole(Path(output), json.dumps(result, indent=1, ensure_ascii=False))
     return result
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 COLUMNS = ("miou", "r1@0.3", "r1@0.5", "r1@0.7", "box_iou", "box@0.5", "accuracy", "format")
-NAMES = {"random": "random", "best_constant": "best constant", "final": "final"}
+NAMES = {"random": "random", "best_constant": "best constant", "final": "final", "checkpoint": "checkpoint"}
 
 
 def table(summary: Mapping[str, Mapping[str, float]]) -> str:

@@ -47,9 +47,9 @@ def make_world(folder: Path, world: World, *, seed: int, progress: Callable[[int
 
 
 def draw_span(rng: np.random.Generator, world: World) -> tuple[float, float]:
-    """Two different half seconds of the clip, in order."""
-    first, last = sorted(rng.choice(int(world.seconds * 2) + 1, size=2, replace=False).tolist())
-    return first / 2, last / 2
+    """Two different ticks of the clip, in order."""
+    first, last = sorted(rng.choice(int(world.seconds / world.tick) + 1, size=2, replace=False).tolist())
+    return first * world.tick, last * world.tick
 
 
 def draw_frames(rng: np.random.Generator, world: World, span: tuple[float, float]) -> np.ndarray:
