@@ -12,6 +12,6 @@ def accuracy(rollout: Rollout, sample: Sample) -> float | None:
     """
     if "choice" not in sample.answer:
         return None
-    letters = _LETTERS[: len(sample.row.get("options", "ABCD"))]
+    letters = _LETTERS[: len(sample.row.get("options") or "ABCD")]
     answered = parsing.choice(rollout.answer, letters)
     return float(answered is not None and answered == parsing.choice(str(sample.answer["choice"]), letters))

@@ -20,9 +20,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code. Errors of ours are printed as three short parts, without a traceback."""
     options = parser().parse_args(argv)
     try:
-        return options.run(options) or 0
+        code = options.run(options) or 0
+        sys.stdout.flush()
+        return code
     except RftError as error:
         print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `rft show | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit would complain while flushing
         return 1
 
 
@@ -46,8 +54,10 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--split", default="test", choices=("train", "validation", "test"))
     evaluate.add_argument("--output", metavar="FILE.json", help="write metrics and answers here")
     check = command("check", _check, "Look for what would go wrong, without a model: keys, rewards, rows, media, budgets.")
-    check.add_argument("--samples", type=int, default=64, help="rows whose media are opened (default 64, 0 is all)")
-    command("show", _show, "Print a recipe resolved, with the origin of every value.")
+    check.add_argument(
+        "--samples", type=_count, default=64, help="rows of a split whose media are opened (default 64, 0 is all)"
+    )
+    command("show", _show, "Print a recipe resolved, with the origin of every value that is set.")
     export = command("export", _export, "Write a checkpoint as a plain model folder.", recipe=False)
     export.add_argument("checkpoint", help="a checkpoint folder")
     export.add_argument("output", help="the folder to write")
@@ -56,6 +66,12 @@ def parser() -> argparse.ArgumentParser:
     copy.add_argument("name", help="e.g. rewards/grounding.py or recipes/quickstart.yaml")
     copy.add_argument("target", help="a folder or a file name")
     return top
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of rows")
+    return int(text)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -90,15 +106,19 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _copy(options: argparse.Namespace) -> None:
-    from rft.plugins import find_file, shipped_root
+    from rft.plugins import SHIPPED, find_file, shipped_root
 
-    source = find_file(str(shipped_root() / options.name))
+    if Path(options.name).parts[:1] not in [(top,) for top in SHIPPED]:
+        raise RecipeError(options.name, "is no shipped file", f"names begin with {', '.join(f'{top}/' for top in SHIPPED)}")
+    source = find_file(options.name, near=shipped_root())
     target = Path(options.target)
-    target = target / source.name if target.is_dir() else target
+    target = target / source.name if target.is_dir() or options.target.endswith("/") else target
     if target.exists():
         raise RecipeError(str(target), "there is a file of this name already", "give another name")
+    target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
-    print(f"{target} (from {options.name}); name it in a recipe as `use: {target}:FUNCTION`")
+    use = f"; name it in a recipe as `use: {target}:FUNCTION`" if target.suffix == ".py" else ""
+    print(f"{target} (from {options.name}){use}")
 
 
 if __name__ == "__main__":

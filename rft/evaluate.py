@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from rft.data.frames import FrameStore
 from rft.data.samples import read_samples
@@ -18,10 +17,9 @@ from rft.evaluation.scorecard import scorecard
 from rft.hf.generate import ModelPolicy
 from rft.hf.models import open_policy
 from rft.hf.together import Together
-from rft.recipe import load
+from rft.recipe import SPLITS, load
 from rft.report.table import table
 from rft.rollout.policy import Limits
-from rft.synthetic.world import SPLITS
 from rft.train import check_launch, renderer_for, write_whole
 
 
@@ -36,8 +34,7 @@ def evaluate(
     check_launch()
     loaded = load(name, sets)
     recipe = loaded.recipe
-    PartialState(cpu=not torch.cuda.is_available())
-    together = Together()
+    together = Together.join()
     samples, train = (_samples(loaded, s, checkpoint) for s in (split, "train"))
     if not samples:
         raise DataError(f"data.{split}", "there is nothing to evaluate", f"set data.{split}")

@@ -13,7 +13,7 @@ class Quarantine:
 
     def __init__(self, path: Path | None, *, total: int, max_share: float) -> None:
         self._path, self._total, self._max_share = path, total, max_share
-        self.reasons: dict[str, str] = {}
+        self.reasons: dict[str, DataError] = {}
 
     def __contains__(self, sample_id: str) -> bool:
         return sample_id in self.reasons
@@ -21,21 +21,24 @@ class Quarantine:
     def __len__(self) -> int:
         return len(self.reasons)
 
-    def add(self, sample_id: str, reason: DataError | str) -> None:
-        """Put one aside, with a line on the terminal.
+    def add(self, sample_id: str, reason: DataError) -> None:
+        """Put one aside, with a line on the terminal; one that is aside already stays as it is.
 
         Raises:
             DataError: more than `max_share` of the samples are now set aside.
         """
-        self.reasons[sample_id] = str(reason)
+        if sample_id in self.reasons:
+            return
+        self.reasons[sample_id] = reason
         if self._path:
+            line = {"sample": sample_id, "where": reason.where, "reason": reason.what, "do": reason.do}
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"sample": sample_id, "reason": str(reason)}, ensure_ascii=False) + "\n")
-        print(f"quarantined {len(self)} of {self._total}: {reason}", flush=True)
-        if len(self) > self._max_share * self._total:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        print(f"quarantined {len(self)} of {self._total}, {sample_id}: {reason.where}: {reason.what}", flush=True)
+        if len(self) > self._max_share * self._total + 1e-9:  # 0.29 x 100 is less than 29
             raise DataError(
                 str(self._path or "data"),
                 f"{len(self)} of {self._total} samples cannot be used, more than data.max_bad_share={self._max_share:g}; "
-                f"the last: {reason}",
+                f"the last: {reason.where}: {reason.what}",
                 "repair or drop these samples, or raise data.max_bad_share",
             )

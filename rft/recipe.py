@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 
 from rft.algo import ESTIMATORS, OBJECTIVES
@@ -15,9 +17,14 @@ from rft.condition import Condition
 from rft.data.media import Budget
 from rft.errors import RecipeError
 from rft.families import FAMILIES
-from rft.plugins import find_file
+from rft.layers import stack
+from rft.plugins import find_file, load_object
 from rft.rollout.render import Prompt
-from rft.strict import build, nearest
+from rft.scoring import Reward
+from rft.strict import build, join, nearest
+
+SPLITS = ("train", "validation", "test")
+WIDEST = 72  # columns of `rft show` before an origin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +49,7 @@ class World:
     test: int = 64
     seconds: float = 8.0
     fps: float = 4.0  # of the file
+    tick: float = 1.0  # spans begin and end on multiples of it, in seconds
     size: int = 28  # pixels per side
     seed: int = 0
 
@@ -180,10 +188,16 @@ class Recipe:
     log_rollouts: bool = True
 
     def __post_init__(self) -> None:
-        if self.family not in FAMILIES:
-            raise RecipeError("family", f"unknown family {self.family!r}", nearest(self.family, FAMILIES))
+        _check_ranges("", self)
+        for at, family in (("family", self.family), ("tiny.family", self.tiny.family)):
+            if family not in FAMILIES:
+                raise RecipeError(at, f"unknown family {family!r}", nearest(family, FAMILIES))
+        files = [split for split in SPLITS if getattr(self.data, split)]
+        if self.data.synthetic and files:
+            keys = " and ".join(["data.synthetic", *(f"data.{split}" for split in files)])
+            raise RecipeError(keys, "are both set: only one of them would be used", "set data.synthetic: null, or no files")
         if not self.phases:
-            raise RecipeError("phases", "a recipe needs at least one phase")
+            raise RecipeError("phases", "a recipe needs at least one phase", "add e.g. phases: {grpo: {steps: 100}}")
         for name, phase in self.phases.items():
             _check_phase(f"phases.{name}", phase, self)
 
@@ -196,15 +210,62 @@ class Recipe:
         return {**self.prompts, **(phase.prompts if phase else {})}
 
 
+SOME = 1e-9  # the least of what has to be above 0
+LEAST: Mapping[type, Mapping[str, float]] = {
+    Recipe: {"max_prompt_tokens": 1, "save_steps": 0, "seed": 0},
+    Phase: {
+        **dict.fromkeys(("steps", "groups_per_step", "groups_per_device", "updates"), 1),
+        **dict.fromkeys(("check_every", "refill", "learning_rate", "warmup_steps", "weight_decay"), 0),
+        "max_grad_norm": SOME,
+    },
+    Sampling: {"temperature": 0, "top_k": 0, "top_p": SOME, "max_tokens": 1},
+    Evaluation: {"max_tokens": 1, "temperature": 0, "max_samples": 0},
+    Clip: {"low": 0, "high": 0},
+    KL: {"weight": 0},
+    Data: {"max_bad_share": 0, "frame_cache_gb": 0},
+    World: {"train": 1, "validation": 0, "test": 0, "seconds": 0.5, "fps": 1, "size": 16},
+    Lora: {"rank": 1, "alpha": 1, "dropout": 0},
+    Tiny: {**dict.fromkeys(("hidden", "layers", "heads", "vision_hidden", "vision_layers"), 1), "init_std": SOME},
+}
+MOST: Mapping[type, Mapping[str, float]] = {
+    Sampling: {"top_p": 1},
+    Clip: {"low": 1},
+    Data: {"max_bad_share": 1},
+    Lora: {"dropout": 0.99},
+}
+
+
+def _check_ranges(at: str, node: Any) -> None:
+    """Every number of the tree against `LEAST` and `MOST`."""
+    for key, least in LEAST.get(type(node), {}).items():
+        if getattr(node, key) < least:
+            bound = "a number above 0" if least == SOME else f"{least:g} or more"
+            raise RecipeError(join(at, key), f"{getattr(node, key):g} is too small", f"use {bound}")
+    for key, most in MOST.get(type(node), {}).items():
+        if getattr(node, key) > most:
+            raise RecipeError(join(at, key), f"{getattr(node, key):g} is too large", f"use {most:g} or less")
+    for key in (f.name for f in fields(node)):
+        below = getattr(node, key)
+        entries = (
+            {join(at, f"{key}.{n}"): e for n, e in below.items()} if isinstance(below, Mapping) else {join(at, key): below}
+        )
+        for name, entry in entries.items():
+            if is_dataclass(entry):
+                _check_ranges(name, entry)
+
+
 def _check_phase(at: str, phase: Phase, recipe: Recipe) -> None:
-    if phase.objective not in OBJECTIVES:
-        raise RecipeError(f"{at}.objective", f"unknown objective {phase.objective!r}", nearest(phase.objective, OBJECTIVES))
-    if phase.estimator not in ESTIMATORS:
-        raise RecipeError(f"{at}.estimator", f"unknown estimator {phase.estimator!r}", nearest(phase.estimator, ESTIMATORS))
+    for key, known in (("objective", OBJECTIVES), ("estimator", ESTIMATORS)):
+        if (name := getattr(phase, key)) not in known:
+            raise RecipeError(f"{at}.{key}", f"unknown {key} {name!r}", nearest(name, known))
+    if len(phase.betas) != 2 or not all(0 <= beta < 1 for beta in phase.betas):
+        raise RecipeError(f"{at}.betas", f"{list(phase.betas)} are not two numbers in [0, 1)", "use e.g. [0.9, 0.999]")
     if phase.until:
         Condition.parse(phase.until, f"{at}.until")
-    if phase.steps < 1 or phase.groups_per_step < 1 or phase.groups_per_device < 1 or phase.updates < 1:
-        raise RecipeError(at, "steps, groups_per_step, groups_per_device and updates are at least 1")
+        if not (recipe.data.validation or (recipe.data.synthetic and recipe.data.synthetic.validation)):
+            raise RecipeError(f"{at}.until", "there is no validation split to look at", "set data.validation")
+        if not phase.check_every:
+            raise RecipeError(f"{at}.check_every", "at 0 nobody looks whether `until` holds", "use e.g. 20")
     if phase.groups_per_step % phase.groups_per_device:
         raise RecipeError(
             f"{at}.groups_per_step", f"{phase.groups_per_step} groups do not fill forwards of {phase.groups_per_device}",
@@ -219,8 +280,20 @@ def _check_phase(at: str, phase: Phase, recipe: Recipe) -> None:
         raise RecipeError(f"{at}.group_size", "a group needs at least 2 rollouts to compare", "use 8, or objective: nll")
     if not recipe.rewards_of(phase):
         raise RecipeError(f"{at}.rewards", "a phase that samples needs a reward", "add one under rewards")
-    if phase.sampling.temperature <= 0:
+    if phase.sampling.temperature == 0:
         raise RecipeError(f"{at}.sampling.temperature", "sampling at 0 gives identical rollouts", "use 1.0")
+    _check_estimator(at, phase)
+
+
+def _check_estimator(at: str, phase: Phase) -> None:
+    """Tries the estimator's arguments on a group of two."""
+    args = {**phase.estimator_args, **({"batch_std": 1.0} if phase.estimator_args.get("std") == "batch" else {})}
+    try:
+        ESTIMATORS[phase.estimator](torch.tensor([0.0, 1.0]), torch.tensor([False, False]), **args)
+    except (TypeError, ValueError) as error:
+        takes = [n for n, p in signature(ESTIMATORS[phase.estimator]).parameters.items() if p.kind is p.KEYWORD_ONLY]
+        known = ", ".join(n for n in takes if n != "batch_std") or "none"
+        raise RecipeError(f"{at}.estimator_args", str(error), f"{phase.estimator} takes: {known}") from error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,9 +305,19 @@ class Loaded:
     origins: Mapping[str, str]
 
     def path(self, name: str) -> Path:
-        """A data file named by the recipe: relative to the recipe's folder, then to the working directory."""
-        near = (self.folder / name).expanduser()
-        return near if near.exists() else Path(name).expanduser().absolute()
+        """A data file named by the recipe. Raises RecipeError when there is none, with the places tried."""
+        return find_file(name, near=self.folder)
+
+    def rewards(self, phase: Phase) -> list[Reward]:
+        """The phase's rewards, with their functions. Raises RecipeError when one cannot be loaded."""
+        return [
+            Reward(
+                name=name,
+                function=load_object(spec.use, near=self.folder),
+                **{f.name: getattr(spec, f.name) for f in fields(spec) if f.name != "use"},
+            )
+            for name, spec in self.recipe.rewards_of(phase).items()
+        ]
 
 
 def load(name: str, sets: Sequence[str] = ()) -> Loaded:
@@ -243,62 +326,9 @@ def load(name: str, sets: Sequence[str] = ()) -> Loaded:
     Raises:
         RecipeError: a file, a key or a value is wrong; the message names it.
     """
-    path = find_file(name, near=None)
-    values, origins = _read(path, ())
-    for text in sets:
-        _set(values, origins, text)
-    recipe = build(Recipe, values)
-    return Loaded(recipe=recipe, folder=path.parent, origins=origins)
-
-
-def _read(path: Path, seen: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
-    if path in seen:
-        raise RecipeError(str(path), f"extends itself through {' -> '.join(p.name for p in (*seen, path))}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise RecipeError(str(path), f"not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise RecipeError(str(path), "a recipe is a mapping")
-    base: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    parents = values.pop("extends", [])
-    for parent in [parents] if isinstance(parents, str) else parents:
-        below, below_origins = _read(find_file(parent, near=path.parent), (*seen, path))
-        _merge(base, below)
-        origins |= below_origins
-    _merge(base, values)
-    origins |= dict.fromkeys(_leaves(values), path.name)
-    return base, origins
-
-
-def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> None:
-    """Mappings merge key by key; anything else is replaced."""
-    for key, value in over.items():
-        if isinstance(value, Mapping) and isinstance(base.get(key), dict):
-            _merge(base[key], value)
-        else:
-            base[key] = dict(value) if isinstance(value, Mapping) else value
-
-
-def _set(values: dict[str, Any], origins: dict[str, str], text: str) -> None:
-    key, equals, raw = text.partition("=")
-    if not equals or not key:
-        raise RecipeError("--set", f"{text!r} is not a.b=c")
-    node = values
-    *parents, last = key.split(".")
-    for parent in parents:
-        if not isinstance(node.get(parent), dict):
-            node[parent] = {}
-        node = node[parent]
-    node[last] = yaml.safe_load(raw) if raw else ""
-    origins[key] = "--set"
-
-
-def _leaves(values: Any, at: str = "") -> list[str]:
-    if not isinstance(values, Mapping) or not values:
-        return [at]
-    return [leaf for key, value in values.items() for leaf in _leaves(value, f"{at}.{key}" if at else str(key))]
+    path = find_file(name)
+    values, origins = stack(path, sets)
+    return Loaded(recipe=build(Recipe, values), folder=path.parent, origins=origins)
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
@@ -315,28 +345,32 @@ def _plain(value: Any) -> Any:
 
 
 def show(loaded: Loaded) -> str:
-    """The resolved recipe as YAML with the origin of every value behind it."""
-    text = yaml.safe_dump(resolved(loaded.recipe), sort_keys=False, allow_unicode=True, width=100)
-    lines, path = [], []
-    for line in text.splitlines():
-        stripped = line.lstrip()
-        depth = (len(line) - len(stripped)) // 2
-        if not stripped.startswith("- ") and ":" in stripped:
-            path = [*path[:depth], stripped.split(":", 1)[0].strip("'\"")]
-            dotted = ".".join(path)
-            if not stripped.endswith(":"):
-                origin = _origin(dotted, loaded.origins)
-                line = f"{line:<60} # {origin}"
-        lines.append(line)
-    return "\n".join(lines) + "\n"
+    """The resolved recipe as YAML, with the origin behind every value that is not a default."""
+    lines = list(_shown(resolved(loaded.recipe), loaded.origins))
+    column = max(len(text) for text, origin in lines if origin and len(text) <= WIDEST)
+    shown = [f"{text:<{column}}  # {origin}" if origin else text for text, origin in lines]
+    return "\n".join(["# What has no remark is a default.", *shown]) + "\n"
 
 
-def _origin(dotted: str, origins: Mapping[str, str]) -> str:
-    parts = dotted.split(".")
-    for size in range(len(parts), 0, -1):
-        if (found := origins.get(".".join(parts[:size]))) is not None:
-            return found
-    return "default"
+def _shown(tree: Mapping[str, Any], origins: Mapping[str, str], at: str = "", indent: str = "") -> Iterator[tuple[str, str]]:
+    """(line of YAML, origin or "")."""
+    for key, value in tree.items():
+        here = join(at, key)
+        is_branch = isinstance(value, Mapping) and value
+        text = yaml.dump({key: None if is_branch else value}, Dumper=_Dumper, allow_unicode=True, sort_keys=False, width=10**6)
+        first, *rest = text.splitlines()
+        yield indent + (first.removesuffix(" null") if is_branch else first), "" if is_branch else origins.get(here, "")
+        yield from ((indent + line if line else "", "") for line in rest)
+        if is_branch:
+            yield from _shown(value, origins, here, indent + "  ")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Text of several lines as a block, a list on one line."""
+
+
+_Dumper.add_representer(str, lambda d, s: d.represent_scalar("tag:yaml.org,2002:str", s, style="|" if "\n" in s else None))
+_Dumper.add_representer(list, lambda d, items: d.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True))
 
 
 __all__ = [

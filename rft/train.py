@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import PartialState
 from tqdm import tqdm
 
 from rft.condition import Condition
@@ -36,15 +35,13 @@ from rft.hf.step import RolloutLog, Stage
 from rft.hf.tiny import make_tiny
 from rft.hf.together import Together
 from rft.hf.trainer import GroupTrainer
-from rft.plugins import load_object
 from rft.quarantine import Quarantine
-from rft.recipe import Loaded, Phase, load, resolved
+from rft.recipe import SPLITS, Loaded, Phase, load, resolved
 from rft.report.curves import draw_curves
 from rft.report.table import table
 from rft.rollout.policy import Limits
 from rft.rollout.render import Renderer
-from rft.scoring import Reward
-from rft.synthetic.world import SPLITS, make_world
+from rft.synthetic.world import make_world
 from rft.types import Sample
 
 
@@ -77,8 +74,7 @@ def train(name: str, sets: Sequence[str] = (), output: str | None = None) -> dic
     started = time.time()
     check_launch()
     loaded = load(name, sets)
-    PartialState(cpu=not torch.cuda.is_available())
-    together = Together()
+    together = Together.join()
     folder = together.gather(_open_folder(loaded, output) if together.rank == 0 else None)[0]
     run = _open_run(folder, loaded, together, started)
     recipe = loaded.recipe
@@ -110,8 +106,8 @@ def _phases(run: Run) -> dict[str, Any]:
         target = run.folder / "checkpoint" if number == len(names) - 1 else run.folder / "phases" / name
         policy = open_policy(model, recipe, train=True)
         if not number:
-            summary = _trivial(run, renderer_for(run.loaded, policy, recipe.phases[name]))
-        result = _phase(run, name, policy, target, summary)
+            summary = _before(run, policy, renderer_for(run.loaded, policy, recipe.phases[name]))
+        result = _phase(run, name, policy, target)
         summary["final" if number == len(names) - 1 else name] = result
         model = str(target)
         del policy
@@ -119,8 +115,14 @@ def _phases(run: Run) -> dict[str, Any]:
     return summary
 
 
-def _trivial(run: Run, renderer: Renderer) -> dict[str, Any]:
-    """The baselines that need no model, on the test split."""
+def _before(run: Run, policy: Policy, renderer: Renderer) -> dict[str, Any]:
+    """What can be known before training: whether the evaluations can be shown, and the trivial baselines on the test split."""
+    recipe, together = run.loaded.recipe, run.together
+    if recipe.model != "tiny" and policy.family.name != recipe.family:
+        raise RecipeError("family", f"{recipe.model} is {policy.family.name}, not {recipe.family}", "set family in the recipe")
+    for split in ("validation", "test"):
+        for sample in run.splits[split][: recipe.evaluation.max_samples or None][together.rank :: together.size]:
+            renderer.prompt(sample)  # an evaluation leaves nothing out: a sample that cannot be shown ends the run now
     train_split, test = run.splits["train"], run.splits["test"]
     if not test:
         return {}
@@ -130,7 +132,7 @@ def _trivial(run: Run, renderer: Renderer) -> dict[str, Any]:
     }
 
 
-def _phase(run: Run, name: str, policy: Policy, target: Path, summary: Mapping[str, Any]) -> dict[str, float]:
+def _phase(run: Run, name: str, policy: Policy, target: Path) -> dict[str, float]:
     """Train one phase, save it to `target` and return its metrics on the test split."""
     recipe, phase = run.loaded.recipe, run.loaded.recipe.phases[name]
     together = run.together
@@ -147,9 +149,9 @@ def _phase(run: Run, name: str, policy: Policy, target: Path, summary: Mapping[s
         name=name,
         phase=phase,
         seed=recipe.seed,
-        samples=[replace(s, messages=tuple(renderer.messages(s))) for s in run.splits["train"]],
+        samples=_askable(run, renderer, supervised=phase.supervised),
         renderer=renderer,
-        rewards=rewards_for(run.loaded, phase),
+        rewards=run.loaded.rewards(phase),
         lens=lens,
         eos_ids=policy.eos_ids,
         quarantine=run.quarantine,
@@ -188,14 +190,27 @@ def _phase(run: Run, name: str, policy: Policy, target: Path, summary: Mapping[s
     if phase.until:
         ended = f"ended at step {trainer.state.global_step}" if look.reached else "was not reached"
         run.say(f"phase {name}: {phase.until}: {ended}")
-    with trainer.at_rest() as model:
-        result = evaluate("test", model) if run.splits["test"] else {}
-    trainer.save_model(str(target))
+    trainer.save_model(str(target))  # before anything that may still fail
     if together.rank == 0:
         policy.processor.save_pretrained(target)
     together.wait()
+    with trainer.at_rest() as model:
+        result = evaluate("test", model) if run.splits["test"] else {}
     trainer.accelerator.free_memory()
     return result
+
+
+def _askable(run: Run, renderer: Renderer, *, supervised: bool) -> list[Sample]:
+    """Training samples with their messages, as far as they can be asked; the others are quarantined."""
+    askable = []
+    for sample in run.splits["train"]:
+        try:
+            if supervised:
+                renderer.answer_text(sample)
+            askable.append(replace(sample, messages=tuple(renderer.messages(sample))))
+        except DataError as error:
+            run.quarantine.add(sample.id, error)
+    return askable
 
 
 def renderer_for(loaded: Loaded, policy: Policy, phase: Phase | None) -> Renderer:
@@ -208,21 +223,6 @@ def renderer_for(loaded: Loaded, policy: Policy, phase: Phase | None) -> Rendere
         budget=recipe.media,
         max_prompt_tokens=recipe.max_prompt_tokens,
     )
-
-
-def rewards_for(loaded: Loaded, phase: Phase) -> list[Reward]:
-    """The phase's rewards, with their functions."""
-    return [
-        Reward(
-            name=name,
-            function=load_object(spec.use, near=loaded.folder),
-            **{
-                f: getattr(spec, f)
-                for f in ("weight", "args", "style", "per", "on_error", "timeout", "concurrency", "partial", "maximum")
-            },
-        )
-        for name, spec in loaded.recipe.rewards_of(phase).items()
-    ]
 
 
 def _open_folder(loaded: Loaded, output: str | None) -> Path:
@@ -262,8 +262,9 @@ def _open_run(folder: Path, loaded: Loaded, together: Together, started: float) 
         splits[split], wrong = read_samples(path)
         bad += wrong
     total = len(bad) + sum(map(len, splits.values()))
-    quarantine = Quarantine(folder / "quarantine.jsonl", total=total, max_share=data.max_bad_share)
-    for row in bad:
+    own = "quarantine.jsonl" if together.rank == 0 else f"quarantine-{together.rank}.jsonl"
+    quarantine = Quarantine(folder / own, total=total, max_share=data.max_bad_share)
+    for row in bad if together.rank == 0 else ():  # every rank reads the same files
         quarantine.add(row.id, row.reason)
     if not splits["train"]:
         raise DataError("data.train", "there is nothing to train on", "set data.train to a JSONL file with usable rows")

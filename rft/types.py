@@ -70,7 +70,7 @@ class Segment:
 
     author: Author
     text: str
-    ids: tuple[int, ...]
+    ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] | None = None  # the sampler's; only a policy segment can have them
     views: tuple[View, ...] = ()
 
@@ -94,11 +94,11 @@ class Sample:
     """One dataset row: what to ask, what to show, what is true."""
 
     id: str
-    messages: tuple[Mapping[str, Any], ...]  # chat messages; media parts are {"type": "video" | "image"} in order
-    media: tuple[Media, ...]
-    answer: Mapping[str, Any]  # e.g. {"span": (3.0, 5.0)}
-    task: str
-    row: Mapping[str, Any]  # the whole row, every further column included
+    messages: tuple[Mapping[str, Any], ...] = ()  # chat messages; media parts are {"type": "video" | "image"} in order
+    media: tuple[Media, ...] = ()
+    answer: Mapping[str, Any] = field(default_factory=dict)  # e.g. {"span": (3.0, 5.0)}
+    task: str = "default"
+    row: Mapping[str, Any] = field(default_factory=dict)  # the whole row, every further column included
     origin: str = ""  # file:line, for messages
 
 
@@ -108,7 +108,7 @@ class Rollout:
 
     sample_id: str
     segments: tuple[Segment, ...]
-    stop: Stop
+    stop: Stop = "answered"
     weights: int = 0  # version of the policy weights that sampled it
 
     @property

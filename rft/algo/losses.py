@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class KL:
     """
 
     weight: float = 0.0
-    estimator: str = "k3"
+    estimator: Literal["k1", "k3"] = "k3"
 
 
 def nll(columns: Columns, normaliser: Normaliser, **_: object) -> tuple[Tensor, dict[str, Tensor]]:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
 from rft import geometry, parsing
+from rft.data.samples import letters_of
 from rft.types import Rollout, Sample
 
 RECALL_AT = (0.3, 0.5, 0.7)
+AGREEMENT: Mapping[str, Callable[[Any, Any], float]] = {
+    "span": geometry.span_iou,
+    "spans": geometry.spans_iou,
+    "box": geometry.box_iou,
+    "choice": operator.eq,
+}
 
 
 def measure(samples: Sequence[Sample], rollouts: Sequence[Rollout]) -> dict[str, float]:
@@ -18,59 +26,46 @@ def measure(samples: Sequence[Sample], rollouts: Sequence[Rollout]) -> dict[str,
     span, spans   `miou`, and `r1@t`: the share of samples with IoU >= t
     box           `box_iou`, `box@0.5`
     choice        `accuracy`
-    any           `format`: the share that ends in one answer block, with something readable in it
+    any           `format`: the share that ends in one answer block, with everything readable that is annotated
     """
-    readings = [read_answer(s, r) for s, r in zip(samples, rollouts, strict=True)]
-    ious = [_span_score(s, p) for s, p in zip(samples, readings, strict=True) if {"span", "spans"} & s.answer.keys()]
-    boxes = [geometry.box_iou(p, s.answer["box"]) if p else 0.0 for s, p in zip(samples, readings) if "box" in s.answer]
-    letters = [float(p == s.answer["choice"]) for s, p in zip(samples, readings) if "choice" in s.answer]
+    pairs = list(zip(samples, rollouts, strict=True))
+    scores = {key: [_agreement(s, r, key) for s, r in pairs if key in s.answer] for key in AGREEMENT}
+    ious, boxes = scores["span"] + scores["spans"], scores["box"]
     metrics = {}
     if ious:
         metrics["miou"] = fmean(ious)
         metrics |= {f"r1@{t}": fmean(iou >= t for iou in ious) for t in RECALL_AT}
     if boxes:
-        metrics |= {"box_iou": fmean(boxes), "box@0.5": fmean(b >= 0.5 for b in boxes)}
-    if letters:
-        metrics["accuracy"] = fmean(letters)
-    if rollouts:
-        metrics["format"] = fmean(_well_formed(r, p) for r, p in zip(rollouts, readings))
+        metrics |= {"box_iou": fmean(boxes), "box@0.5": fmean(iou >= 0.5 for iou in boxes)}
+    if scores["choice"]:
+        metrics["accuracy"] = fmean(scores["choice"])
+    if pairs:
+        metrics["format"] = fmean(_is_well_formed(s, r) for s, r in pairs)
     return metrics
 
 
-def read_answer(sample: Sample, rollout: Rollout) -> Any | None:
-    """The answer in the form of the sample's annotation, or None when it cannot be read."""
-    for key, parse in READERS.items():
-        if key in sample.answer:
-            return parse(rollout.answer, sample)
-    return rollout.answer or None
+def read_answer(sample: Sample, rollout: Rollout, key: str) -> Any | None:
+    """The answer in the form of the annotation's `key` ("text" for none of them), or None when it cannot be read."""
+    text = rollout.answer
+    if key == "span":
+        return parsing.time_span(text)
+    if key == "spans":
+        return parsing.time_spans(text) or None
+    if key == "box":
+        boxes = parsing.boxes(text)
+        return boxes[0] if boxes and len(boxes) == 1 else None  # several are a spray, not an answer
+    if key == "choice":
+        return parsing.choice(text, letters_of(sample.row))
+    return text or None
 
 
-def letters(sample: Sample) -> str:
-    """The capital letters of the row's options; A to D when the row does not list them."""
-    return "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(sample.row.get("options", "ABCD"))]
+def _agreement(sample: Sample, rollout: Rollout, key: str) -> float:
+    read = read_answer(sample, rollout, key)
+    return 0.0 if read is None else float(AGREEMENT[key](read, sample.answer[key]))
 
 
-def _only_box(text: str | None, sample: Sample) -> Any | None:
-    found = parsing.boxes(text)
-    return found[0] if found and len(found) == 1 else None
-
-
-READERS: Mapping[str, Callable[[str | None, Sample], Any]] = {
-    "span": lambda text, sample: parsing.time_span(text),
-    "spans": lambda text, sample: parsing.time_spans(text) or None,
-    "box": _only_box,
-    "choice": lambda text, sample: parsing.choice(text, letters(sample)),
-}
-
-
-def _span_score(sample: Sample, reading: Any) -> float:
-    if not reading:
-        return 0.0
-    if "span" in sample.answer:
-        return geometry.span_iou(reading, sample.answer["span"])
-    return geometry.spans_iou(reading, sample.answer["spans"])
-
-
-def _well_formed(rollout: Rollout, reading: Any) -> bool:
+def _is_well_formed(sample: Sample, rollout: Rollout) -> bool:
     text = rollout.text.strip()
-    return text.endswith("</answer>") and text.count("<answer>") == text.count("</answer>") == 1 and reading is not None
+    is_one_block = text.endswith("</answer>") and text.count("<answer>") == text.count("</answer>") == 1
+    keys = [key for key in AGREEMENT if key in sample.answer] or ["text"]
+    return is_one_block and all(read_answer(sample, rollout, key) is not None for key in keys)

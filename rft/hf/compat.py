@@ -16,9 +16,9 @@ _LIBRARIES: list[torch.library.Library] = []  # an operator lives as long as the
 def ensure_torchvision() -> Literal["native", "shim"]:
     """Make `import torchvision` work; call it before anything imports transformers or qwen_vl_utils. Once per process.
 
-    The torchvision wheel of PyPI is linked against CUDA. Beside a CPU build of torch its compiled half does not load,
-    and `torchvision/_meta_registrations.py` fails on `operator torchvision::nms does not exist`, which transformers
-    reports as a video processor or AutoProcessor that "could not be imported". Declaring the two operators is enough
+    The published torchvision wheel is linked against CUDA. Beside a CPU build of torch its compiled half does not load,
+    and `torchvision/_meta_registrations.py` fails on `operator torchvision::nms does not exist` (pytorch/vision#9085).
+    transformers reports that as an AutoProcessor that "could not be imported". Declaring the two operators is enough
     for the Python half, the only one used here: transforms work, `torchvision.ops.nms` itself still cannot run.
     Raises CompatError when torchvision fails for another reason.
     """

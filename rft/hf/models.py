@@ -185,6 +185,8 @@ def export(checkpoint: str, output: Path, *, merge: bool) -> None:
         RecipeError: the checkpoint is an adapter and `merge` is not set, or the other way round, or `output` is taken.
     """
     is_adapter = Path(checkpoint, "adapter_config.json").is_file()
+    if not is_adapter and not Path(checkpoint, "config.json").is_file():
+        raise RecipeError(checkpoint, "there is no checkpoint here", "give a folder that training saved")
     if is_adapter != merge:
         what = "an adapter, not a model" if is_adapter else "a whole model already: there is no adapter to merge"
         raise RecipeError(checkpoint, f"this is {what}", "add --merge" if is_adapter else "leave --merge out")

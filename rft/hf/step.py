@@ -83,29 +83,35 @@ class Stage:
         if self.rollout_log:
             self.rollout_log.write(step, groups, examples)
         agreed = self.agree(packs, together)
-        samples_anew = not self.phase.supervised
-        old = self.log_probs(model, packs, agreed.kinds) if samples_anew and self.phase.updates > 1 else None
-        ref = reference(packs, agreed.kinds) if samples_anew and self.phase.kl.weight else None
+        sampled = not self.phase.supervised
+        old = self.log_probs(model, packs, agreed.kinds) if sampled and self.phase.updates > 1 else None
+        ref = reference(packs, agreed.kinds) if sampled and self.phase.kl.weight else None
         batches = [Batch(pack=p, old_N=old and old[i], ref_N=ref and ref[i]) for i, p in enumerate(packs)]
         return batches, agreed, metrics
 
     def open(self, indices: Sequence[int], step: int) -> tuple[list[Sample], list[Segment]]:
         """Samples with their prompts. One whose media cannot be read is quarantined, and another drawn in its place."""
-        samples, prompts = [], []
-        for slot, index in enumerate(indices):
-            for attempt in range(len(self.samples)):
-                sample = self.samples[index]
-                if sample.id not in self.quarantine:
-                    try:
-                        prompts.append(self.renderer.prompt(sample))
-                        samples.append(sample)
-                        break
-                    except DataError as error:
-                        self.quarantine.add(sample.id, error)
-                index = stream_key(self.seed, self.name, step, slot, "in place of", attempt) % len(self.samples)
-            else:
-                raise DataError(f"phase {self.name}", "no sample is left that can be read", "see quarantine.jsonl")
-        return samples, prompts
+        opened = [self._readable(self.samples[index], step) for index in indices]
+        return [sample for sample, _ in opened], [prompt for _, prompt in opened]
+
+    def _readable(self, sample: Sample, step: int) -> tuple[Sample, Segment]:
+        """The sample, or the first that can be read from a place drawn by its id on: the same on any rank."""
+        begin = self._draw(step, sample.id, "in place of")
+        for place in range(len(self.samples) + 1):
+            if sample.id not in self.quarantine:
+                try:
+                    prompt = self.renderer.prompt(sample)
+                    for view in prompt.views:
+                        self.lens.frames.get(view)  # headers can be sound and frames not
+                    return sample, prompt
+                except DataError as error:
+                    self.quarantine.add(sample.id, error)
+            sample = self.samples[(begin + place) % len(self.samples)]
+        raise DataError(f"phase {self.name}", "no sample is left that can be read", "see quarantine.jsonl")
+
+    def _draw(self, step: int, *why: object) -> int:
+        """Index of a sample, by hash."""
+        return stream_key(self.seed, self.name, step, *why) % len(self.samples)
 
     def annotate(self, samples: Sequence[Sample], prompts: Sequence[Segment]) -> list[Group]:
         """Supervised groups: the annotation is the only member, and nobody scores it."""
@@ -131,7 +137,7 @@ class Stage:
             silent = [i for i, g in enumerate(groups) if g.muted]
             if not together.any(bool(silent)):
                 break
-            drawn = [stream_key(self.seed, self.name, step, i, "refill", attempt) % len(self.samples) for i in silent]
+            drawn = [self._draw(step, groups[i].sample.id, "refill", attempt) for i in silent]
             draw = (self.seed, self.name, step, "refill", attempt)
             fresh, _ = self.roll_and_score(*self.open(drawn, step), policy, draw)
             for i, group in zip(silent, fresh, strict=True):

@@ -6,13 +6,21 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from accelerate import PartialState
 
 from rft.types import Group
 
 
 class Together:
     """Collectives over all ranks; without a process group, this process alone."""
+
+    @classmethod
+    def join(cls) -> Together:
+        """Start the process group of this launch, where it has several processes."""
+        PartialState(cpu=not torch.cuda.is_available())
+        return cls()
 
     @property
     def size(self) -> int:

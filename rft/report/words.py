@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from rft.recipe import Phase
+from collections.abc import Mapping
 
-RATIO = {"gspo": "the row's mean ratio", "nll": ""}
+from rft.recipe import Phase, RewardSpec
+
+RATIO = {"gspo": "the row's mean ratio"}
 MEAN = {
     "grpo": "mean over tokens, then over rows",
     "gspo": "mean over tokens, then over rows",
@@ -14,17 +16,28 @@ MEAN = {
 }
 
 
-def in_words(phase: Phase) -> str:
-    """One or two sentences."""
-    batch = f"{phase.groups_per_step} samples a step, {phase.groups_per_device} per forward, {phase.steps} steps"
-    end = f", ending when {phase.until}" if phase.until else ""
+def in_words(phase: Phase, rewards: Mapping[str, RewardSpec]) -> list[str]:
+    """What the phase does, a line per subject."""
+    end = f", or until {phase.until} (looked at every {phase.check_every})" if phase.until else ""
+    rate = f"learning rate {phase.learning_rate:g}, {phase.schedule}"
+    rate += f" after {phase.warmup_steps} warm-up steps" if phase.warmup_steps else ""
+    pace = f"{phase.steps} steps{end}; {rate}"
+    batch = f"{phase.groups_per_step} samples a step, {phase.groups_per_device} in a forward"
     if phase.supervised:
-        return f"supervised on the annotations (nll, mean over tokens); {batch}{end}"
+        return ["learns the annotations: nll, mean over tokens", batch, pace]
+    goal = " + ".join(name if spec.weight == 1 else f"{spec.weight:g} {name}" for name, spec in rewards.items())
     ratio = RATIO.get(phase.objective, "each token's ratio")
-    on_policy = " (1 here: one update per generation)" if phase.updates == 1 else ""
-    kl = f", minus {phase.kl.weight:g} x KL ({phase.kl.estimator}) to the phase's start" if phase.kl.weight else ", no KL"
-    return (
-        f"{phase.objective}: advantage ({phase.estimator}) x {ratio}{on_policy}, clipped to "
-        f"[{1 - phase.clip.low:g}, {1 + phase.clip.high:g}], {MEAN[phase.objective]}{kl}; "
-        f"{phase.group_size} rollouts of each of {batch}{end}"
+    updates = (
+        "on policy, one update per generation: the ratio is 1 and nothing is clipped"
+        if phase.updates == 1
+        else f"{phase.updates} updates per generation, the ratio clipped to [{1 - phase.clip.low:g}, {1 + phase.clip.high:g}]"
     )
+    kl = f"minus {phase.kl.weight:g} x KL ({phase.kl.estimator}) to the phase's start" if phase.kl.weight else "no KL"
+    sampling = f"temperature {phase.sampling.temperature:g}, up to {phase.sampling.max_tokens} tokens each"
+    return [
+        f"maximises {goal}",
+        f"{phase.objective}: advantage ({phase.estimator}) x {ratio}, {MEAN[phase.objective]}; {kl}",
+        updates,
+        f"{phase.group_size} rollouts of each of {batch}; {sampling}",
+        pace,
+    ]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rft.data import media
+from rft.data.samples import check_inside
 from rft.errors import DataError, RolloutError
 from rft.families import Family
 from rft.types import Sample, Segment, View
@@ -38,49 +39,66 @@ class Renderer:
     def prompt(self, sample: Sample) -> Segment:
         """The world's first segment: chat scaffolding, question and media.
 
-        A prompt over `max_prompt_tokens` gets smaller media (fewer frames first), never a cut.
+        A prompt over `max_prompt_tokens` gets smaller media (fewer frames first, the largest media first), never a cut.
 
         Raises:
-            DataError: the media cannot be read, the text holds special tokens, or nothing fits the budget.
+            DataError: the media cannot be read or do not hold the annotated span, the text holds special tokens, or
+                the prompt is over the budget with every media at its smallest.
         """
         views = [self.view(sample, i) for i in range(len(sample.media))]
+        if moving := [v for v in views if v.kind == "video"]:
+            longest = max(moving, key=lambda v: v.duration)
+            check_inside(sample.answer, longest.duration, f"{_at(sample)}, {sample.media[longest.media].name}")
         segment = self._segment(sample, views)
-        shown = sum(v.tokens for v in views)
-        allowed = shown
-        while len(segment.ids) > self.max_prompt_tokens:
-            if not views:
-                raise DataError(
-                    f"sample {sample.id}", f"the text takes {len(segment.ids)} tokens of {self.max_prompt_tokens}",
-                    "raise max_prompt_tokens or shorten the question",
-                )  # fmt: skip
-            allowed = min(allowed - (len(segment.ids) - self.max_prompt_tokens), int(allowed * 0.95))
-            if allowed < 1:
-                raise DataError(
-                    f"sample {sample.id}",
-                    f"the text alone leaves no room for media in {self.max_prompt_tokens} tokens",
-                    "raise max_prompt_tokens",
-                )
-            views = [self.view(sample, i, max(1, v.tokens * allowed // shown)) for i, v in enumerate(views)]
-            segment = self._segment(sample, views)
-            shown = sum(v.tokens for v in views)
-            allowed = min(allowed, shown)
-        return segment
+        if len(segment.ids) <= self.max_prompt_tokens:
+            return segment
+        text = len(segment.ids) - sum(map(self._cost, views))
+        return self._segment(sample, self._shrunk(sample, views, text))
 
     def view(self, sample: Sample, index: int, max_tokens: int | None = None) -> View:
-        """What is shown of one of the sample's media; checks the annotation against the media's own length."""
+        """What is shown of one of the sample's media. Raises DataError with the sample's name."""
         try:
-            view = media.view(sample.media[index], index, family=self.family, budget=self.budget, max_tokens=max_tokens)
+            return media.view(sample.media[index], index, family=self.family, budget=self.budget, max_tokens=max_tokens)
         except DataError as error:
-            raise DataError(f"sample {sample.id}, {error.where}", error.what, error.do) from error
-        spans = [sample.answer["span"]] if "span" in sample.answer else sample.answer.get("spans", ())
-        for start, end in spans:
-            if view.kind == "video" and end > view.duration + OVERSHOOT:
+            where = error.where if error.where != "budget" else sample.media[index].name
+            raise DataError(f"{_at(sample)}, {where}", error.what, error.do) from error
+
+    def _shrunk(self, sample: Sample, views: Sequence[View], text: int) -> list[View]:
+        """Views that fit beside `text` tokens: all media above one level come down to it, as far as they can."""
+        views, able = list(views), set(range(len(views)))
+        costs = [self._cost(v) for v in views]
+        while text + sum(costs) > self.max_prompt_tokens:
+            if not able:
+                smallest = f" and {sum(costs)} of media at their smallest" if views else ""
                 raise DataError(
-                    f"sample {sample.id}, {sample.media[index].name}",
-                    f"the annotated span {start:g} to {end:g} ends after the video ({view.duration:.3f} s)",
-                    "clamp or drop this annotation",
-                )
-        return view
+                    _at(sample), f"its prompt takes {text} tokens of text{smallest}, of {self.max_prompt_tokens}",
+                    "raise max_prompt_tokens" + (" or lower media.min_pixels" if views else ""),
+                )  # fmt: skip
+            stuck = sum(cost for i, cost in enumerate(costs) if i not in able)
+            level = _level([costs[i] for i in able], self.max_prompt_tokens - text - stuck)
+            for i in [i for i in able if costs[i] > level]:
+                smaller = self._smaller(sample, views[i], views[i].tokens * level // costs[i])
+                if smaller is None:
+                    able.remove(i)
+                else:
+                    views[i], costs[i] = smaller, self._cost(smaller)
+        return views
+
+    def _smaller(self, sample: Sample, view: View, tokens: int) -> View | None:
+        """The media in `tokens`, or in fewer than now if that is all it can; None when it cannot get smaller."""
+        tokens = max(tokens, 1)
+        while tokens < view.tokens:
+            try:
+                return self.view(sample, view.media, tokens)
+            except DataError:
+                tokens = (tokens + view.tokens + 1) // 2
+        return None
+
+    def _cost(self, view: View) -> int:
+        """Tokens that a view takes in a prompt, the seconds printed between its pairs included."""
+        if self.family.clock == "axis" or view.kind == "image":
+            return view.tokens
+        return len(self.encode(self.family.placeholder_text(view.kind, view.grid, view.pair_seconds)))
 
     def answer_text(self, sample: Sample) -> str:
         """The annotation written with the task's answer template.
@@ -90,10 +108,13 @@ class Renderer:
         """
         template = self._task(sample).answer
         if not template:
-            raise DataError(f"sample {sample.id}", f"task {sample.task!r} has no answer template", "set it in the recipe")
+            do = "set `answer` of its prompt in the recipe"
+            raise DataError(_at(sample), f"task {sample.task!r} has no answer template", do)
         if not sample.answer:
-            raise DataError(f"sample {sample.id}", "the row has no answer", "add an answer or drop the row")
-        return _fill(template, {**sample.row, **sample.answer}, sample)
+            raise DataError(_at(sample), "the row has no answer", "add an answer or drop the row")
+        text = _fill(template, {**sample.row, **sample.answer}, sample)
+        self._refuse_specials([text], sample)
+        return text
 
     def reply(self, author: str, ids: Sequence[int], **kwargs: Any) -> Segment:
         """A segment for ids written by `author`; the text leaves the end-of-turn token out."""
@@ -119,30 +140,36 @@ class Renderer:
         prompt = self.prompts.get(sample.task) or self.prompts.get("default")
         if prompt is None:
             raise DataError(
-                f"sample {sample.id}", f"no prompt is known for task {sample.task!r}",
-                f"known: {', '.join(sorted(self.prompts))}; add it or a default to the recipe",
+                _at(sample), f"no prompt is known for task {sample.task!r}",
+                f"known: {', '.join(sorted(self.prompts)) or 'none'}; add it or a default to the recipe's prompts",
             )  # fmt: skip
         return prompt
 
     def messages(self, sample: Sample) -> list[dict[str, Any]]:
-        """Chat messages: the row's own, or the media followed by the task's question."""
+        """Chat messages: the row's own, or the media followed by the task's question.
+
+        The task's system text stands before both, unless the row brings its own.
+        """
         if sample.messages:
-            return [dict(m) for m in sample.messages]
+            known = self.prompts.get(sample.task) or self.prompts.get("default") or Prompt()
+            is_led = any(m["role"] == "system" for m in sample.messages)
+            return [*([] if is_led else _system(known)), *(dict(m) for m in sample.messages)]
         prompt = self._task(sample)
         parts = [{"type": "image" if m.kind == "image" else "video"} for m in sample.media]
         parts.append({"type": "text", "text": _fill(prompt.question, sample.row, sample)})
-        system = [{"role": "system", "content": [{"type": "text", "text": prompt.system}]}] if prompt.system else []
-        return [*system, {"role": "user", "content": parts}]
+        return [*_system(prompt), {"role": "user", "content": parts}]
+
+    def _refuse_specials(self, texts: Sequence[str], sample: Sample) -> None:
+        for special in (*self.tokenizer.all_special_tokens, *self.family.placeholders):
+            if any(special in text for text in texts):
+                raise DataError(
+                    _at(sample), f"its text holds the special token {special}",
+                    "take it out of the row: it would be read as media or as the end of a turn",
+                )  # fmt: skip
 
     def _segment(self, sample: Sample, views: Sequence[View]) -> Segment:
         messages = self.messages(sample)
-        specials = set(self.tokenizer.all_special_tokens) | set(self.family.placeholders)
-        for text in _texts(messages):
-            if found := next((s for s in specials if s in text), None):
-                raise DataError(
-                    f"sample {sample.id}", f"its text holds the special token {found}",
-                    "take it out of the row: it would be read as media or as the end of a turn",
-                )  # fmt: skip
+        self._refuse_specials(_texts(messages), sample)
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         text = _expand(text, views, self.family, sample)
         segment = Segment(author="world", text=text, ids=tuple(self.encode(text)), views=tuple(views))
@@ -150,13 +177,27 @@ class Renderer:
         placed, wanted = sum(i in pads for i in segment.ids), sum(v.tokens for v in views)
         if placed != wanted:
             raise RolloutError(
-                f"sample {sample.id}", f"{placed} placeholder tokens for {wanted} features",
+                _at(sample), f"{placed} placeholder tokens for {wanted} features",
                 "the tokenizer does not keep the media pads whole",
             )  # fmt: skip
         return segment
 
 
-OVERSHOOT = 2.0  # seconds by which an annotation may end after the last frame; published ones do by up to 1.5 s
+def _at(sample: Sample) -> str:
+    return f"sample {sample.id}" + (f" ({sample.origin})" if sample.origin else "")
+
+
+def _system(prompt: Prompt) -> list[dict[str, Any]]:
+    return [{"role": "system", "content": [{"type": "text", "text": prompt.system}]}] if prompt.system else []
+
+
+def _level(costs: Sequence[int], room: int) -> int:
+    """The height at which costs that are cut to it sum to at most `room`; costs sum to more than that."""
+    for left, cost in zip(range(len(costs), 0, -1), sorted(costs)):
+        if cost > room // left:
+            return max(room // left, 0)
+        room -= cost
+    raise AssertionError("costs fit the room")
 
 
 def _expand(text: str, views: Sequence[View], family: Family, sample: Sample) -> str:
@@ -166,12 +207,13 @@ def _expand(text: str, views: Sequence[View], family: Family, sample: Sample) ->
         before, found, rest = rest.partition(pad)
         if not found:
             raise DataError(
-                f"sample {sample.id}", f"{len(views)} media but the chat template placed fewer",
+                _at(sample), f"{len(views)} media but the chat template placed fewer",
                 'each media needs its own {"type": "video"} or {"type": "image"} part, in order',
             )  # fmt: skip
         out += [before, family.placeholder_text(view.kind, view.grid, view.pair_seconds)]
     if family.image_pad in rest or family.video_pad in rest:
-        raise DataError(f"sample {sample.id}", f"more media parts in its messages than media ({len(views)})")
+        do = "name a media for each part"
+        raise DataError(_at(sample), f"more media parts in its messages than media ({len(views)})", do)
     return "".join([*out, rest])
 
 
@@ -179,10 +221,9 @@ def _fill(template: str, columns: Mapping[str, Any], sample: Sample) -> str:
     try:
         return template.format_map(columns)
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"sample {sample.id}", f"cannot fill the template {template!r}: {type(error).__name__} {error}",
-            f"the row has: {', '.join(sorted(map(str, columns)))}",
-        ) from error  # fmt: skip
+        what = f"cannot fill the template {template!r}: {type(error).__name__} {error}"
+        do = f"the row has: {', '.join(sorted(map(str, columns)))}; a brace that is meant as text is written twice"
+        raise DataError(_at(sample), what, do) from error
 
 
 def _texts(messages: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -9,9 +9,8 @@ from pathlib import Path
 import av
 import numpy as np
 
-from rft.recipe import World
+from rft.recipe import SPLITS, World
 
-SPLITS = ("train", "validation", "test")
 QUESTION = "When is the square visible?"
 
 

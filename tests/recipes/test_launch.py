@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from tests.equivalence.test_ranks import ROOT, launched, run_alone
+from tests.equivalence.test_ranks import launched, run_alone
 from tests.recipes.test_recipes import shortened
 
 

@@ -76,7 +76,7 @@ def test_recipe_trains_two_steps(recipe: str, stand_ins: dict[str, Path], tmp_pa
 def test_quickstart_leaves_what_the_readme_promises(tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert (
-        main([str(ROOT / "recipes/quickstart.yaml"), "--output", str(out)] + _set(shortened("recipes/quickstart.yaml", None)))
+        main([str(ROOT / "recipes/quickstart.yaml"), "--output", str(out), *_set(shortened("recipes/quickstart.yaml", None))])
         == 0
     )
     summary = json.loads((out / "summary.json").read_text())
@@ -100,7 +100,7 @@ def test_true_size_models_resolve_on_meta(name: str) -> None:
     family = FAMILIES[ARCHITECTURES[name].family]
     model = on_meta(name)
     assert all(p.device == torch.device("meta") for p in model.parameters())
-    parts = {part: 0 for part in ("vision", "projector", "language")}
+    parts = dict.fromkeys(("vision", "projector", "language"), 0)
     for parameter_name, parameter in model.named_parameters():
         parts[part_of(parameter_name, family)] += parameter.numel()
     assert all(parts.values())

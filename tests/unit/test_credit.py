@@ -50,7 +50,9 @@ def test_a_reference_has_no_sampler_log_probs_and_the_type_refuses_them() -> Non
 
 def test_a_truncated_rollout_counts_in_the_group_and_not_in_the_loss() -> None:
     """Rewards 1, 0, 0: the cut one has weight 0, and the others' advantages still see its reward."""
-    rows = credit(group(member("a", 1.0, stop="length"), member("b", 0.0), member("c", 0.0)), grpo, mask_truncated=True, eps=0.0)
+    rows = credit(
+        group(member("a", 1.0, stop="length"), member("b", 0.0), member("c", 0.0)), grpo, mask_truncated=True, eps=0.0
+    )
     assert [r.weight for r in rows] == [0.0, 1.0, 1.0]
     assert rows[1].advantages_T[-1] == pytest.approx(-1 / math.sqrt(3))
     assert [r.weight for r in credit(group(member("a", 1.0, stop="length"), member("b", 0.0)), grpo)] == [1.0, 1.0]
