@@ -53,12 +53,6 @@ def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
     return _ratio(shared, area_a + area_b - shared)
 
 
-def rescale_box(box: Sequence[float], source: Sequence[int], target: Sequence[int]) -> tuple[float, float, float, float]:
-    """The same region in a picture of another size; `source` and `target` are (height, width) in pixels."""
-    across, down = target[1] / source[1], target[0] / source[0]
-    return (box[0] * across, box[1] * down, box[2] * across, box[3] * down)
-
-
 def _merge(spans: Iterable[Sequence[float]]) -> list[list[float]]:
     """The union as disjoint spans in order of time."""
     merged: list[list[float]] = []

@@ -11,7 +11,6 @@ import pytest
 from rft import Rollout, Sample, Segment
 from rft.evaluation.contract import HOSTILE
 from rft.plugins import load_object
-from rft.types import View
 
 temporal_iou = load_object("rewards/grounding.py:temporal_iou")
 temporal_set_iou = load_object("rewards/grounding.py:temporal_set_iou")
@@ -173,17 +172,3 @@ def test_any_text_earns_a_number_between_0_and_1_and_soon(reward: Any) -> None:
         assert time.perf_counter() - start < 1.0
         assert isinstance(value, float) and 0.0 <= value <= 1.0, text[:80]
     assert reward(Rollout(sample_id="s", segments=(), stop="malformed"), EVERYTHING) == 0.0
-
-
-def test_a_box_in_shown_pixels_is_scored_in_the_files() -> None:
-    """A 60 x 80 file shown at 120 x 40: x halves, y doubles."""
-    view = View(
-        media=0, kind="image", source="a.png", frames=(0,), seconds=(), pair_seconds=(), size=(120, 40), original=(60, 80),
-        grid=(1, 8, 2), tokens=4,
-    )  # fmt: skip
-    world = Segment(author="world", text="?", views=(view,))
-    spoken = Segment(author="policy", text="<answer>[5, 20, 25, 80]</answer>")
-    rollout = Rollout(sample_id="s", segments=(world, spoken))
-    sample = Sample(id="s", answer={"box": (10.0, 10.0, 50.0, 40.0)})
-    assert box_iou(rollout, sample, pixels="shown") == 1.0
-    assert box_iou(rollout, sample) < 0.5
