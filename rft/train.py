@@ -57,6 +57,10 @@ class Run:
     together: Together
     started: float
 
+    def evaluated(self, split: str) -> Sequence[Sample]:
+        """The samples of a split that evaluations and baselines look at."""
+        return self.splits[split][: self.loaded.recipe.evaluation.max_samples or None]
+
     def note(self, **values: Any) -> None:
         """Write `state.json`: where the run is."""
         if self.together.rank == 0:
@@ -121,9 +125,9 @@ def _before(run: Run, policy: Policy, renderer: Renderer) -> dict[str, Any]:
     if recipe.model != "tiny" and policy.family.name != recipe.family:
         raise RecipeError("family", f"{recipe.model} is {policy.family.name}, not {recipe.family}", "set family in the recipe")
     for split in ("validation", "test"):
-        for sample in run.splits[split][: recipe.evaluation.max_samples or None][together.rank :: together.size]:
+        for sample in run.evaluated(split)[together.rank :: together.size]:
             renderer.prompt(sample)  # an evaluation leaves nothing out: a sample that cannot be shown ends the run now
-    train_split, test = run.splits["train"], run.splits["test"]
+    train_split, test = run.splits["train"], run.evaluated("test")
     if not test:
         return {}
     return {
@@ -141,9 +145,8 @@ def _phase(run: Run, name: str, policy: Policy, target: Path) -> dict[str, float
     limits = Limits(max_tokens=recipe.evaluation.max_tokens, temperature=recipe.evaluation.temperature)
 
     def evaluate(split: str, model: torch.nn.Module) -> dict[str, float]:
-        samples = run.splits[split][: recipe.evaluation.max_samples or None]
         answering = ModelPolicy(model, lens, policy.eos_ids)
-        return scorecard(samples, answering, renderer, limits, seed=recipe.seed, together=together)[0]
+        return scorecard(run.evaluated(split), answering, renderer, limits, seed=recipe.seed, together=together)[0]
 
     stage = Stage(
         name=name,
@@ -169,7 +172,7 @@ def _phase(run: Run, name: str, policy: Policy, target: Path) -> dict[str, float
         evaluate=lambda model: evaluate("validation", model),
         callbacks=[guard, *([metrics_file, Progress(name)] if together.rank == 0 else [])],
     )
-    validation = run.splits["validation"]
+    validation = run.evaluated("validation")
     if phase.until and not validation:
         raise RecipeError(f"phases.{name}.until", "there is no validation split to look at", "set data.validation")
     look = None

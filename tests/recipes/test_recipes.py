@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+from rft.evaluate import evaluate
 from rft.families import FAMILIES
 from rft.hf.architectures import ARCHITECTURES, on_meta
 from rft.hf.models import freeze, part_of
@@ -88,6 +89,10 @@ def test_quickstart_leaves_what_the_readme_promises(tmp_path: Path) -> None:
     }  # fmt: skip
     resolved = load(str(out / "recipe.yaml")).recipe
     assert resolved.phases["grpo"].steps == 2
+    again = evaluate(str(out / "recipe.yaml"), [], str(out / "checkpoint"), output=str(tmp_path / "eval.json"))
+    assert {k: again[k] for k in summary["final"]} == summary["final"]  # the saved model is the one that was scored
+    assert again["baselines"]["best_constant"] == summary["best_constant"]
+    assert len(json.loads((tmp_path / "eval.json").read_text())["answers"]) == 2
 
 
 def _set(values: list[str]) -> list[str]:
