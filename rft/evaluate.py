@@ -56,7 +56,8 @@ def evaluate(
     answers = [{"sample": r.sample_id, "text": r.text, "stop": r.stop} for r in rollouts]
     result = {**metrics, "baselines": baselines, "split": split, "samples": len(samples), "answers": answers}
     if together.rank == 0:
-        print(table({**baselines, "checkpoint": metrics}), flush=True)
+        labelled = {name.replace("_", " "): values for name, values in baselines.items()}
+        print(table({**labelled, "checkpoint": metrics}), flush=True)
         if output:
             write_whole(Path(output), json.dumps(result, indent=1, ensure_ascii=False))
     return result

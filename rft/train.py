@@ -92,9 +92,11 @@ def train(name: str, sets: Sequence[str] = (), output: str | None = None) -> dic
         write_whole(folder / "summary.json", json.dumps(summary, indent=1))
         levels = {k.replace("_", " "): summary[k]["miou"] for k in ("random", "best_constant") if "miou" in summary.get(k, {})}
         draw_curves(folder / "metrics.jsonl", folder / "curves.png", lines=levels)
-    run.say("\n" + table(summary))
+    last = list(recipe.phases)[-1]
+    labels = {"random": "random", "best_constant": "best constant", "final": f"after {last}"}
+    run.say("\n" + table({labels.get(name, f"after {name}"): metrics for name, metrics in summary.items()}))
     run.say(f"\n{recipe.name}: {time.time() - started:.0f} s, everything is in {folder}")
-    run.note(status="finished", phase=list(recipe.phases)[-1], reason="all phases done", quarantined=len(run.quarantine))
+    run.note(status="finished", phase=last, reason="all phases done", quarantined=len(run.quarantine))
     return summary
 
 
