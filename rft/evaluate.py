@@ -14,13 +14,13 @@ from rft.data.samples import read_samples
 from rft.errors import DataError, RecipeError
 from rft.evaluation.baselines import best_constant, random_answer
 from rft.evaluation.scorecard import scorecard
+from rft.files import write_whole
 from rft.hf.generate import ModelPolicy
-from rft.hf.models import open_policy
+from rft.hf.models import open_policy, renderer_for
 from rft.hf.together import Together
 from rft.recipe import SPLITS, load
 from rft.report.table import table
 from rft.rollout.policy import Limits
-from rft.train import check_launch, renderer_for, write_whole
 
 
 def evaluate(
@@ -31,7 +31,6 @@ def evaluate(
     Raises:
         DataError: the split is empty, holds bad rows, or a sample cannot be shown: nothing is left out in silence.
     """
-    check_launch()
     loaded = load(name, sets)
     recipe = loaded.recipe
     together = Together.join()
@@ -40,7 +39,7 @@ def evaluate(
         raise DataError(f"data.{split}", "there is nothing to evaluate", f"set data.{split}")
     policy = open_policy(checkpoint, recipe, train=False)
     policy.model.to(f"cuda:{together.local_rank}" if torch.cuda.is_available() else "cpu").eval()
-    renderer = renderer_for(loaded, policy, recipe.phases[list(recipe.phases)[-1]])
+    renderer = renderer_for(recipe, policy, recipe.phases[list(recipe.phases)[-1]])
     samples = samples[: recipe.evaluation.max_samples or None]
     limits = Limits(max_tokens=recipe.evaluation.max_tokens, temperature=recipe.evaluation.temperature)
     lens = policy.lens(FrameStore(int(recipe.data.frame_cache_gb * 2**30)))

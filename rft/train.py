@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,20 +22,21 @@ from tqdm import tqdm
 from rft.condition import Condition
 from rft.data.frames import FrameStore
 from rft.data.samples import read_samples
-from rft.errors import ClusterError, DataError, RecipeError, RftError
+from rft.errors import DataError, RecipeError, RftError
 from rft.evaluation.baselines import best_constant, random_answer
 from rft.evaluation.scorecard import scorecard
+from rft.files import write_whole
 from rft.hf.arguments import arguments
 from rft.hf.callbacks import Look, MetricsFile, Progress
 from rft.hf.generate import ModelPolicy
-from rft.hf.models import Policy, open_policy, trainable_table
+from rft.hf.models import Policy, open_policy, renderer_for, trainable_table
 from rft.hf.nonfinite import Guard
 from rft.hf.step import RolloutLog, Stage
 from rft.hf.tiny import make_tiny
 from rft.hf.together import Together
 from rft.hf.trainer import GroupTrainer
 from rft.quarantine import Quarantine
-from rft.recipe import SPLITS, Loaded, Phase, load, resolved
+from rft.recipe import SPLITS, Loaded, load, resolved
 from rft.report.curves import draw_curves
 from rft.report.table import table
 from rft.rollout.policy import Limits
@@ -76,7 +76,6 @@ class Run:
 def train(name: str, sets: Sequence[str] = (), output: str | None = None) -> dict[str, Any]:
     """Run every phase of a recipe and return the summary that is written to `summary.json`."""
     started = time.time()
-    check_launch()
     loaded = load(name, sets)
     together = Together.join()
     folder = together.gather(_open_folder(loaded, output) if together.rank == 0 else None)[0]
@@ -112,7 +111,7 @@ def _phases(run: Run) -> dict[str, Any]:
         target = run.folder / "checkpoint" if number == len(names) - 1 else run.folder / "phases" / name
         policy = open_policy(model, recipe, train=True)
         if not number:
-            summary = _before(run, policy, renderer_for(run.loaded, policy, recipe.phases[name]))
+            summary = _before(run, policy, renderer_for(recipe, policy, recipe.phases[name]))
         result = _phase(run, name, policy, target)
         summary["final" if number == len(names) - 1 else name] = result
         model = str(target)
@@ -142,7 +141,7 @@ def _phase(run: Run, name: str, policy: Policy, target: Path) -> dict[str, float
     """Train one phase, save it to `target` and return its metrics on the test split."""
     recipe, phase = run.loaded.recipe, run.loaded.recipe.phases[name]
     together = run.together
-    renderer = renderer_for(run.loaded, policy, phase)
+    renderer = renderer_for(recipe, policy, phase)
     lens = policy.lens(run.frames, phase.sampling.temperature)
     limits = Limits(max_tokens=recipe.evaluation.max_tokens, temperature=recipe.evaluation.temperature)
 
@@ -218,18 +217,6 @@ def _askable(run: Run, renderer: Renderer, *, supervised: bool) -> list[Sample]:
     return askable
 
 
-def renderer_for(loaded: Loaded, policy: Policy, phase: Phase | None) -> Renderer:
-    """How samples are shown to this policy in this phase."""
-    recipe = loaded.recipe
-    return Renderer(
-        tokenizer=policy.tokenizer,
-        family=policy.family,
-        prompts=recipe.prompts_of(phase),
-        budget=recipe.media,
-        max_prompt_tokens=recipe.max_prompt_tokens,
-    )
-
-
 def _open_folder(loaded: Loaded, output: str | None) -> Path:
     """A folder of its own for this run: the one asked for if it holds no run, else the next free default."""
     if output:
@@ -277,27 +264,6 @@ def _open_run(folder: Path, loaded: Loaded, together: Together, started: float) 
         folder=folder, loaded=loaded, splits=splits, frames=FrameStore(int(data.frame_cache_gb * 2**30)),
         quarantine=quarantine, together=together, started=started,
     )  # fmt: skip
-
-
-def check_launch(environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse launches that look like several processes and are one.
-
-    Raises:
-        ClusterError: MASTER_ADDR is set without WORLD_SIZE, which is what `accelerate launch --cpu --num_processes 2` does.
-    """
-    if "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
-        raise ClusterError(
-            "launch",
-            "MASTER_ADDR is set but WORLD_SIZE is not: this is one process, whatever number was asked for",
-            "use `accelerate launch --multi_gpu --num_processes N -m rft.train RECIPE`, on a CPU as well",
-        )
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Replace a file whole: a reader never sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def parser() -> argparse.ArgumentParser:

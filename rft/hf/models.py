@@ -17,7 +17,8 @@ from rft.data.frames import FrameStore
 from rft.errors import CompatError, RecipeError
 from rft.families import Family, family_of
 from rft.hf.logprobs import Lens
-from rft.recipe import Lora, Recipe, Trainable
+from rft.recipe import Lora, Phase, Recipe, Trainable
+from rft.rollout.render import Renderer
 
 PARTS = ("vision", "projector", "language")
 
@@ -176,6 +177,17 @@ def trainable_table(model: torch.nn.Module, family: Family) -> str:
         counts[part_of(plain, family)][0] += count if parameter.requires_grad else 0
         counts[part_of(plain, family)][1] += count
     return "\n".join(f"  {part:<10} {on:>14,} of {total:>14,} trainable" for part, (on, total) in counts.items())
+
+
+def renderer_for(recipe: Recipe, policy: Policy, phase: Phase | None) -> Renderer:
+    """How samples are shown to this policy in this phase."""
+    return Renderer(
+        tokenizer=policy.tokenizer,
+        family=policy.family,
+        prompts=recipe.prompts_of(phase),
+        budget=recipe.media,
+        max_prompt_tokens=recipe.max_prompt_tokens,
+    )
 
 
 def export(checkpoint: str, output: Path, *, merge: bool) -> None:

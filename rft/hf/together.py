@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
+from rft.errors import ClusterError
 from rft.types import Group
 
 
@@ -18,7 +19,8 @@ class Together:
 
     @classmethod
     def join(cls) -> Together:
-        """Start the process group of this launch, where it has several processes."""
+        """Start the process group of this launch, where it has several processes. Raises what `check_launch` raises."""
+        check_launch()
         PartialState(cpu=not torch.cuda.is_available())
         return cls()
 
@@ -81,3 +83,17 @@ class Together:
     def wait(self) -> None:
         """Return when every rank has called."""
         self.gather(None)
+
+
+def check_launch(environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse launches that look like several processes and are one.
+
+    Raises:
+        ClusterError: MASTER_ADDR is set without WORLD_SIZE, which is what `accelerate launch --cpu --num_processes 2` does.
+    """
+    if "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
+        raise ClusterError(
+            "launch",
+            "MASTER_ADDR is set but WORLD_SIZE is not: this is one process, whatever number was asked for",
+            "use `accelerate launch --multi_gpu --num_processes N -m rft.train RECIPE`, on a CPU as well",
+        )

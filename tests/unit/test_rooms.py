@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "rft").rglob("*.py"))
 LEVELS = (
-    ("types", "errors", "geometry", "parsing", "families", "strict", "condition"),
+    ("types", "errors", "geometry", "parsing", "families", "strict", "condition", "files"),
     ("algo", "data"),
     ("rollout", "scoring", "quarantine"),
     ("plugins", "layers", "recipe"),
@@ -88,3 +88,9 @@ def test_a_recipe_is_read_without_a_framework() -> None:
 
 def test_a_reward_file_costs_no_torch() -> None:
     assert not loaded_by("import rft; from rft import Rollout, Sample, geometry, parsing") & {"torch", "av", "yaml", "PIL"}
+
+
+def test_what_runs_without_trl_imports_without_it() -> None:
+    loaded = loaded_by("import rft.evaluate, rft.check, rft.hf.models, rft.hf.tiny")
+    assert "transformers" in loaded and "trl" not in loaded
+    assert "trl" in loaded_by("import rft.train")
