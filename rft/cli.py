@@ -11,10 +11,6 @@ from pathlib import Path
 
 from rft.errors import RecipeError, RftError
 
-# Set before any library reads them: no telemetry, no fork warning from tokenizers that were used before a fork.
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; returns the exit code. Errors of ours are printed as three short parts, without a traceback."""

@@ -14,6 +14,7 @@ class Quarantine:
     def __init__(self, path: Path | None, *, total: int, max_share: float) -> None:
         self._path, self._total, self._max_share = path, total, max_share
         self.reasons: dict[str, DataError] = {}
+        self._news: list[tuple[str, DataError]] = []
 
     def __contains__(self, sample_id: str) -> bool:
         return sample_id in self.reasons
@@ -29,12 +30,27 @@ class Quarantine:
         """
         if sample_id in self.reasons:
             return
-        self.reasons[sample_id] = reason
+        self._news.append((sample_id, reason))
         if self._path:
             line = {"sample": sample_id, "where": reason.where, "reason": reason.what, "do": reason.do}
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        print(f"quarantined {len(self)} of {self._total}, {sample_id}: {reason.where}: {reason.what}", flush=True)
+        print(f"quarantined {len(self) + 1} of {self._total}, {sample_id}: {reason.where}: {reason.what}", flush=True)
+        self._count(sample_id, reason)
+
+    def news(self) -> list[tuple[str, DataError]]:
+        """What was put aside here since the last call, for the other ranks."""
+        news, self._news = self._news, []
+        return news
+
+    def hear(self, news: list[tuple[str, DataError]]) -> None:
+        """Count what another rank put aside. Raises what `add` raises."""
+        for sample_id, reason in news:
+            if sample_id not in self.reasons:
+                self._count(sample_id, reason)
+
+    def _count(self, sample_id: str, reason: DataError) -> None:
+        self.reasons[sample_id] = reason
         if len(self) > self._max_share * self._total + 1e-9:  # 0.29 x 100 is less than 29
             raise DataError(
                 str(self._path or "data"),

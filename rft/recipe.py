@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
@@ -48,7 +48,7 @@ class World:
     validation: int = 64
     test: int = 64
     seconds: float = 8.0
-    fps: float = 4.0  # of the file
+    fps: int = 4  # of the file
     tick: float = 1.0  # spans begin and end on multiples of it, in seconds
     size: int = 28  # pixels per side
     seed: int = 0
@@ -198,6 +198,8 @@ class Recipe:
             raise RecipeError(keys, "are both set: only one of them would be used", "set data.synthetic: null, or no files")
         if not self.phases:
             raise RecipeError("phases", "a recipe needs at least one phase", "add e.g. phases: {grpo: {steps: 100}}")
+        if (world := self.data.synthetic) and world.tick > world.seconds:
+            raise RecipeError("data.synthetic.tick", f"{world.tick:g} s do not fit in {world.seconds:g} s", "use 1")
         for name, phase in self.phases.items():
             _check_phase(f"phases.{name}", phase, self)
 
@@ -223,7 +225,7 @@ LEAST: Mapping[type, Mapping[str, float]] = {
     Clip: {"low": 0, "high": 0},
     KL: {"weight": 0},
     Data: {"max_bad_share": 0, "frame_cache_gb": 0},
-    World: {"train": 1, "validation": 0, "test": 0, "seconds": 0.5, "fps": 1, "size": 16},
+    World: {"train": 1, "validation": 0, "test": 0, "seconds": 1, "tick": SOME, "fps": 1, "size": 16},
     Lora: {"rank": 1, "alpha": 1, "dropout": 0},
     Tiny: {**dict.fromkeys(("hidden", "layers", "heads", "vision_hidden", "vision_layers"), 1), "init_std": SOME},
 }
@@ -282,6 +284,11 @@ def _check_phase(at: str, phase: Phase, recipe: Recipe) -> None:
         raise RecipeError(f"{at}.rewards", "a phase that samples needs a reward", "add one under rewards")
     if phase.sampling.temperature == 0:
         raise RecipeError(f"{at}.sampling.temperature", "sampling at 0 gives identical rollouts", "use 1.0")
+    if recipe.lora and phase.kl.weight and phase is not next(iter(recipe.phases.values())):
+        raise RecipeError(
+            f"{at}.kl.weight", "with adapters the reference is the model without them, not the start of this phase",
+            "train the earlier phases apart, `rft export --merge`, and start from that folder; or set the weight to 0",
+        )  # fmt: skip
     _check_estimator(at, phase)
 
 
@@ -307,6 +314,16 @@ class Loaded:
     def path(self, name: str) -> Path:
         """A data file named by the recipe. Raises RecipeError when there is none, with the places tried."""
         return find_file(name, near=self.folder)
+
+    def standing_alone(self) -> Recipe:
+        """The recipe with every file it names made absolute: what a run folder keeps."""
+        data = replace(self.recipe.data, **{s: str(self.path(n)) for s in SPLITS if (n := getattr(self.recipe.data, s))})
+        specs = {}
+        for name, spec in self.recipe.rewards.items():
+            place, _, function = spec.use.rpartition(":")
+            use = f"{find_file(place, near=self.folder)}:{function}" if place.endswith(".py") else spec.use
+            specs[name] = replace(spec, use=use)
+        return replace(self.recipe, data=data, rewards=specs)
 
     def rewards(self, phase: Phase) -> list[Reward]:
         """The phase's rewards, with their functions. Raises RecipeError when one cannot be loaded."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-import itertools
 import math
 import os
 import threading
@@ -241,7 +240,7 @@ class _Call:
         offered: dict[str, Any] = {k: [v] * num for k, v in self.sample.row.items() if k not in TRL_RESERVED}
         offered |= {
             "prompts": [[dict(m) for m in self.sample.messages] for _ in self.rollouts],
-            "completions": [[{"role": "assistant", "content": t} for t in _turns(r)] for r in self.rollouts],
+            "completions": [[{"role": "assistant", "content": t} for t in r.turns] for r in self.rollouts],
             "completion_ids": [[i for s in r.segments if s.author != "world" for i in s.ids] for r in self.rollouts],
             "trainer_state": self.trainer_state,
             "log_extra": lambda column, values: self.extras.setdefault(column, []).extend(values),
@@ -350,12 +349,6 @@ def _number(value: Any, member: int, where: str = "") -> float:
         what = f"returned {plain}{where}"
         raise _NotAReward(member, what, "return a finite number: 0.0 for a wrong answer, None for does not apply")
     return float(plain)
-
-
-def _turns(rollout: Rollout) -> list[str]:
-    """The text of each turn: neighbouring segments of the policy and the reference are one message."""
-    runs = itertools.groupby(rollout.segments, key=lambda s: s.author == "world")
-    return ["".join(s.text for s in run) for is_world, run in runs if not is_world]
 
 
 def _where(sample: Sample) -> str:

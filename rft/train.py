@@ -27,17 +27,18 @@ from rft.evaluation.baselines import best_constant, random_answer
 from rft.evaluation.scorecard import scorecard
 from rft.files import write_whole
 from rft.hf.arguments import arguments
-from rft.hf.callbacks import Look, MetricsFile, Progress
+from rft.hf.callbacks import MetricsFile, Progress, Validate
 from rft.hf.generate import ModelPolicy
-from rft.hf.models import Policy, open_policy, renderer_for, trainable_table
+from rft.hf.models import LoadedModel, open_policy, renderer_for, trainable_table
 from rft.hf.nonfinite import Guard
-from rft.hf.step import RolloutLog, Stage
+from rft.hf.step import Stage
 from rft.hf.tiny import make_tiny
 from rft.hf.together import Together
 from rft.hf.trainer import GroupTrainer
 from rft.quarantine import Quarantine
 from rft.recipe import SPLITS, Loaded, load, resolved
 from rft.report.curves import draw_curves
+from rft.report.rollout_log import RolloutLog
 from rft.report.table import table
 from rft.rollout.policy import Limits
 from rft.rollout.render import Renderer
@@ -120,7 +121,7 @@ def _phases(run: Run) -> dict[str, Any]:
     return summary
 
 
-def _before(run: Run, policy: Policy, renderer: Renderer) -> dict[str, Any]:
+def _before(run: Run, policy: LoadedModel, renderer: Renderer) -> dict[str, Any]:
     """What can be known before training: whether the evaluations can be shown, and the trivial baselines on the test split."""
     recipe, together = run.loaded.recipe, run.together
     if recipe.model != "tiny" and policy.family.name != recipe.family:
@@ -137,7 +138,7 @@ def _before(run: Run, policy: Policy, renderer: Renderer) -> dict[str, Any]:
     }
 
 
-def _phase(run: Run, name: str, policy: Policy, target: Path) -> dict[str, float]:
+def _phase(run: Run, name: str, policy: LoadedModel, target: Path) -> dict[str, float]:
     """Train one phase, save it to `target` and return its metrics on the test split."""
     recipe, phase = run.loaded.recipe, run.loaded.recipe.phases[name]
     together = run.together
@@ -160,7 +161,7 @@ def _phase(run: Run, name: str, policy: Policy, target: Path) -> dict[str, float
         eos_ids=policy.eos_ids,
         quarantine=run.quarantine,
         vision_learns=recipe.trainable.vision or recipe.trainable.projector,
-        rollout_log=RolloutLog(run.folder / "rollouts" / f"{name}-{together.rank}.jsonl") if recipe.log_rollouts else None,
+        rollout_log=RolloutLog(path=run.folder / "rollouts" / f"{name}-{together.rank}.jsonl") if recipe.log_rollouts else None,
     )
     guard = Guard(run.folder / "nonfinite" / name, phase.nonfinite, together)
     metrics_file = MetricsFile(run.folder / "metrics.jsonl", name, run.started)
@@ -179,12 +180,13 @@ def _phase(run: Run, name: str, policy: Policy, target: Path) -> dict[str, float
     look = None
     if validation and phase.check_every:
         constant = best_constant(validation, run.splits["train"], renderer)
-        look = Look(
+        until = Condition.parse(phase.until) if phase.until else None
+        look = Validate(
             phase.check_every,
             trainer.evaluate,
             metrics_file.write if together.rank == 0 else lambda step, values: None,
-            until=Condition.parse(phase.until) if phase.until else None,
-            known={"best_constant": next(iter(constant.values()))},
+            until=until,
+            known={"best_constant": constant.get(until.left, 0.0) if until else 0.0},
         )
         trainer.add_callback(look)
     run.say(f"\nphase {name}: {phase.objective}, {phase.groups_per_step} groups a step, up to {phase.steps} steps")
@@ -206,14 +208,18 @@ def _phase(run: Run, name: str, policy: Policy, target: Path) -> dict[str, float
 
 def _askable(run: Run, renderer: Renderer, *, supervised: bool) -> list[Sample]:
     """Training samples with their messages, as far as they can be asked; the others are quarantined."""
-    askable = []
+    askable, refused = [], []
     for sample in run.splits["train"]:
         try:
             if supervised:
                 renderer.answer_text(sample)
             askable.append(replace(sample, messages=tuple(renderer.messages(sample))))
         except DataError as error:
-            run.quarantine.add(sample.id, error)
+            refused.append((sample.id, error))
+    if run.together.rank == 0:
+        for sample_id, error in refused:
+            run.quarantine.add(sample_id, error)
+    run.quarantine.hear(refused)
     return askable
 
 
@@ -229,7 +235,7 @@ def _open_folder(loaded: Loaded, output: str | None) -> Path:
         tries = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in range(1, 10_000))
         folder = next(f for f in tries if not (f / "state.json").exists())
     (folder / "rollouts").mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "recipe.yaml", yaml.safe_dump(resolved(loaded.recipe), sort_keys=False, allow_unicode=True))
+    write_whole(folder / "recipe.yaml", yaml.safe_dump(resolved(loaded.standing_alone()), sort_keys=False, allow_unicode=True))
     return folder
 
 
@@ -248,16 +254,21 @@ def _open_run(folder: Path, loaded: Loaded, together: Together, started: float) 
     splits, bad = {}, []
     for split in SPLITS:
         splits[split] = []
-        if not data.synthetic and not getattr(data, split):
+        if not getattr(data.synthetic or data, split):
             continue
         path = folder / "world" / f"{split}.jsonl" if data.synthetic else loaded.path(getattr(data, split))
         splits[split], wrong = read_samples(path)
+        if wrong and split != "train":
+            what = f"{wrong[0].reason.what} (one of {len(wrong)} rows of the {split} split that cannot be used)"
+            raise DataError(wrong[0].id, what, "an evaluation leaves nothing out: repair or drop them")
         bad += wrong
     total = len(bad) + sum(map(len, splits.values()))
     own = "quarantine.jsonl" if together.rank == 0 else f"quarantine-{together.rank}.jsonl"
     quarantine = Quarantine(folder / own, total=total, max_share=data.max_bad_share)
-    for row in bad if together.rank == 0 else ():  # every rank reads the same files
-        quarantine.add(row.id, row.reason)
+    if together.rank == 0:  # every rank reads the same files; one of them tells
+        for row in bad:
+            quarantine.add(row.id, row.reason)
+    quarantine.hear([(row.id, row.reason) for row in bad])
     if not splits["train"]:
         raise DataError("data.train", "there is nothing to train on", "set data.train to a JSONL file with usable rows")
     return Run(

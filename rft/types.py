@@ -194,7 +194,6 @@ class Pack:
     examples: tuple[Example, ...]
     positions: tuple[np.ndarray, ...]  # [3, T] int64 per example
     modalities: tuple[np.ndarray, ...]  # [T] int8 per example: 0 text, 1 image, 2 video
-    muted: str = ""
 
     @property
     def num_trained(self) -> int:

@@ -12,7 +12,7 @@ import torch
 from rft.data.frames import FrameStore
 from rft.data.media import Budget
 from rft.data.samples import read_samples
-from rft.hf.models import Policy, open_policy
+from rft.hf.models import LoadedModel, open_policy
 from rft.hf.step import Stage
 from rft.hf.together import Together
 from rft.quarantine import Quarantine
@@ -56,7 +56,12 @@ def phase_of(**changes: Any) -> Phase:
 
 
 def stage_of(
-    policy: Policy, phase: Phase, world: Path, *, reward: Callable[..., Any] = length_reward, keep: Sequence[int] | None = None
+    policy: LoadedModel,
+    phase: Phase,
+    world: Path,
+    *,
+    reward: Callable[..., Any] = length_reward,
+    keep: Sequence[int] | None = None,
 ) -> Stage:
     samples = read_samples(world / "train.jsonl")[0]
     samples = [samples[i] for i in keep] if keep is not None else samples
@@ -75,13 +80,13 @@ def stage_of(
     )
 
 
-def opened(folder: Path, phase: Phase, **changes: Any) -> Policy:
+def opened(folder: Path, phase: Phase, **changes: Any) -> LoadedModel:
     policy = open_policy(str(folder), recipe_of(phase, **changes), train=True)
     policy.model.eval()
     return policy
 
 
-def gradients(policy: Policy, stage: Stage, indices: Sequence[int], order: Sequence[Sequence[int]]) -> torch.Tensor:
+def gradients(policy: LoadedModel, stage: Stage, indices: Sequence[int], order: Sequence[Sequence[int]]) -> torch.Tensor:
     """Flat gradient of one optimizer step: the generation of `indices`, in micro-steps of the given slots."""
     batches, agreed, _ = stage.step(indices, model=policy.model, reference=None, step=0, together=Together())
     agreed = replace(agreed, normaliser=replace(agreed.normaliser, forwards=len(order)))

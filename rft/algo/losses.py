@@ -71,7 +71,7 @@ def surrogate(
     policy: w = exp(log p - sg[log p]), 1 in value and d log p in gradient. `ratio="sequence"` uses the row's geometric
     mean of w for all its tokens (GSPO, Zheng et al. 2025, arXiv:2507.18071).
 
-    Returns the loss and detached sums for the log: clipped share, KL, ratio.
+    Returns the loss and detached token means for the log: clipped share, KL, ratio.
     """
     kl = kl or KL()
     logprobs_N = columns.logprobs_N
@@ -81,21 +81,22 @@ def surrogate(
         log_ratio_N = row_mean(log_ratio_N, columns)[columns.row_N]
     ratio_N = log_ratio_N.exp()
     weights_N = token_weights(columns, normaliser, aggregation)
+    share_N = token_weights(columns, normaliser, "dapo")  # what is logged means the same under every objective
     advantages_N = columns.advantages_N
     metrics: dict[str, Tensor] = {}
     if kl.weight and kl.estimator == "k1":
         k1_N = (logprobs_N - columns.ref_N).detach()
         advantages_N = advantages_N - kl.weight * k1_N
-        metrics["kl"] = (k1_N * weights_N).sum()
+        metrics["kl"] = (k1_N * share_N).sum()
     clipped_N = ratio_N.clamp(1 - clip_low, 1 + clip_high)
     unclipped_loss_N, clipped_loss_N = -ratio_N * advantages_N, -clipped_N * advantages_N
     token_loss_N = torch.maximum(unclipped_loss_N, clipped_loss_N)
     if kl.weight and kl.estimator == "k3":
         k3_N = k3(logprobs_N, columns.ref_N)
         token_loss_N = token_loss_N + kl.weight * k3_N
-        metrics["kl"] = (k3_N.detach() * weights_N).sum()
-    metrics["clipped"] = ((clipped_loss_N > unclipped_loss_N).float() * weights_N).sum().detach()
-    metrics["ratio"] = (ratio_N.detach() * weights_N).sum()
+        metrics["kl"] = (k3_N.detach() * share_N).sum()
+    metrics["clipped"] = ((clipped_loss_N > unclipped_loss_N).float() * share_N).sum().detach()
+    metrics["ratio"] = (ratio_N.detach() * share_N).sum()
     return (token_loss_N * weights_N).sum(), metrics
 
 
@@ -106,7 +107,7 @@ def k3(logprobs_N: Tensor, ref_N: Tensor) -> Tensor:
 
 
 def token_weights(columns: Columns, normaliser: Normaliser, aggregation: str) -> Tensor:
-    """The share of each token in the step's loss. Over the whole step they sum to about 1.
+    """The share of each token in the step's loss; over the whole step they sum to 1, but for `dr_grpo`.
 
     grpo      mean over rows of the row's token mean (arXiv:2402.03300)
     dapo      mean over all tokens of the step (DAPO, arXiv:2503.14476)

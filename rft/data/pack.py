@@ -12,7 +12,7 @@ from rft.families import Family
 from rft.types import Example, Pack
 
 
-def pack(examples: Sequence[Example], *, family: Family, image_pad_id: int, video_pad_id: int, muted: str = "") -> Pack:
+def pack(examples: Sequence[Example], *, family: Family, image_pad_id: int, video_pad_id: int) -> Pack:
     """Lay out the examples of one group. Shapes: positions [3, T], modalities [T], per example.
 
     Raises:
@@ -20,4 +20,4 @@ def pack(examples: Sequence[Example], *, family: Family, image_pad_id: int, vide
     """
     kinds = tuple(modalities(e.ids_T, image_pad_id, video_pad_id) for e in examples)
     positions = tuple(rope_positions(m, e.views, family) for m, e in zip(kinds, examples, strict=True))
-    return Pack(examples=tuple(examples), positions=positions, modalities=kinds, muted=muted)
+    return Pack(examples=tuple(examples), positions=positions, modalities=kinds)

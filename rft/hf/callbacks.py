@@ -54,7 +54,7 @@ class MetricsFile(TrainerCallback):
             file.write(json.dumps(line) + "\n")
 
 
-class Look(TrainerCallback):
+class Validate(TrainerCallback):
     """Evaluates every `every` steps, and ends the phase when a condition holds. Every rank asks and hears the same."""
 
     def __init__(

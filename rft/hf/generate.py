@@ -6,14 +6,14 @@ is read from the model's generation config: only the recipe sets sampling. Shape
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rft.data.clock import modalities, rope_positions
-from rft.hf.logprobs import Lens, _device_and_dtype, policy_logits
+from rft.hf.logprobs import Lens, placement, policy_logits
 from rft.rollout.policy import Context, Limits, Reply, uniforms
 
 
@@ -21,18 +21,28 @@ class ModelPolicy:
     """Extends contexts with a transformers model; `weights` is the version that its replies carry."""
 
     def __init__(
-        self, model: torch.nn.Module, lens: Lens, eos_ids: Sequence[int], *, weights: int = 0, max_rows: int = 128
+        self, model: torch.nn.Module, lens: Lens, eos_ids: Sequence[int], *, weights: int = 0, max_tokens: int = 131_072
     ) -> None:
         self._model, self._lens, self._eos, self._weights = model, lens, tuple(eos_ids), weights
-        self._max_rows = max_rows
+        self._max_tokens = max_tokens  # 7.5 GB of keys and values for Qwen2.5-VL-7B
 
     @torch.no_grad()
     def extend(self, contexts: Sequence[Context], limits: Limits) -> list[Reply]:
         """One reply per context, in order. The model must be in eval mode, gradient checkpointing off."""
         replies: list[Reply] = []
-        for start in range(0, len(contexts), self._max_rows):
-            replies += self._wave(contexts[start : start + self._max_rows], limits)
+        for wave in self._waves(contexts, limits):
+            replies += self._wave(wave, limits)
         return replies
+
+    def _waves(self, contexts: Sequence[Context], limits: Limits) -> Iterator[Sequence[Context]]:
+        """Runs of contexts whose padded tokens, prompt and reply, stay within `max_tokens`; at least one context each."""
+        begin = longest = 0
+        for end, context in enumerate(contexts):
+            longest = max(longest, sum(len(s.ids) for s in context.segments) + limits.max_tokens)
+            if end > begin and longest * (end + 1 - begin) > self._max_tokens:
+                yield contexts[begin:end]
+                begin, longest = end, sum(len(s.ids) for s in context.segments) + limits.max_tokens
+        yield contexts[begin:]
 
     def _wave(self, contexts: Sequence[Context], limits: Limits) -> list[Reply]:
         slots: dict[tuple[int, ...], int] = {}
@@ -55,7 +65,7 @@ class ModelPolicy:
     def _prefill(self, heads: Sequence[Context]) -> tuple[Tensor, object, Tensor, Tensor]:
         """Last logits [C, V], cache, attention mask [C, T] (left padded) and next position [C]."""
         lens = self._lens
-        device, dtype = _device_and_dtype(self._model)
+        device, dtype = placement(self._model)
         rows = [np.asarray(c.ids, dtype=np.int64) for c in heads]
         views = [[v for s in c.segments for v in s.views] for c in heads]
         width = max(map(len, rows))

@@ -41,16 +41,16 @@ class Lens:
     ) -> dict[str, Tensor]:
         """pixel_values*, *_grid_thw for the views of all rows, in order; a view shown twice is patchified once.
 
-        Each filler kind gets the smallest black picture at the end, for a filler row.
+        Each filler kind gets the smallest grey picture at the end, for a filler row.
         """
         patches = {v: patchify(torch.tensor(self.frames.get(v)).to(device), v, self.family) for v in set(views)}
-        black = torch.zeros(self.family.merge**2, 3 * self.family.temporal_patch * self.family.patch**2, device=device)
+        grey = torch.zeros(self.family.merge**2, 3 * self.family.temporal_patch * self.family.patch**2, device=device)
         inputs = {}
         for kind, pixels, grid in MEDIA_INPUTS:
             shown = [v for v in views if v.kind == kind]
             blocks, grids = [patches[v] for v in shown], [v.grid for v in shown]
             if kind in fillers:
-                blocks.append(black)
+                blocks.append(grey)
                 grids.append((1, self.family.merge, self.family.merge))
             if blocks:
                 inputs[pixels] = torch.cat(blocks).to(dtype)
@@ -74,7 +74,7 @@ def token_logprobs(
     examples = [e for p in packs for e in p.examples]
     views = [v for e in examples for v in e.views]
     fillers = sorted(kinds - {v.kind for v in views})
-    device, dtype = _device_and_dtype(model)
+    device, dtype = placement(model)
     lengths = [len(e.ids_T) for e in examples]
     width = max(lengths)
     ids_BT = np.full((len(examples) + len(fillers), width), lens.pad_id, dtype=np.int64)
@@ -139,7 +139,7 @@ def _select(logits_NV: Tensor, ids_N: Tensor, suppressed: Sequence[int], tempera
     return torch.cat(logprobs), torch.cat(entropies)
 
 
-def _device_and_dtype(model: torch.nn.Module) -> tuple[torch.device, torch.dtype]:
+def placement(model: torch.nn.Module) -> tuple[torch.device, torch.dtype]:
     """Where inputs go, and the dtype of pixels. ZeRO-3 leaves empty parameters, but their device and dtype are right."""
     parameter = next(model.parameters())
     return parameter.device, parameter.dtype

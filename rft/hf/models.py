@@ -24,7 +24,7 @@ PARTS = ("vision", "projector", "language")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Policy:
+class LoadedModel:
     """A loaded model with what belongs to it."""
 
     model: Any
@@ -51,7 +51,7 @@ class Policy:
         )
 
 
-def open_policy(path: str, recipe: Recipe, *, train: bool) -> Policy:
+def open_policy(path: str, recipe: Recipe, *, train: bool) -> LoadedModel:
     """Load a model folder, or an adapter folder with its base, as the recipe wants it.
 
     With `train`, parts are frozen as `trainable` says, and adapters are added (or continued) as `lora` says.
@@ -68,12 +68,13 @@ def open_policy(path: str, recipe: Recipe, *, train: bool) -> Policy:
     placeholder_ids(processor.tokenizer, family)
     if train:
         freeze(model, family, recipe.trainable)
-        keep_updates(model)
     if adapter.is_file():
         model = PeftModel.from_pretrained(model, path, is_trainable=train)
     elif train and recipe.lora:
         model = add_adapters(model, family, recipe.lora, recipe.trainable)
-    return Policy(model=model, processor=processor, family=family, eos_ids=eos_ids(base, processor.tokenizer))
+    if train:
+        keep_updates(model)  # last: a base under adapters does not learn and stays small
+    return LoadedModel(model=model, processor=processor, family=family, eos_ids=eos_ids(base, processor.tokenizer))
 
 
 def load_whole(path: str, *, dtype: torch.dtype | str, attention: str) -> Any:
@@ -179,7 +180,7 @@ def trainable_table(model: torch.nn.Module, family: Family) -> str:
     return "\n".join(f"  {part:<10} {on:>14,} of {total:>14,} trainable" for part, (on, total) in counts.items())
 
 
-def renderer_for(recipe: Recipe, policy: Policy, phase: Phase | None) -> Renderer:
+def renderer_for(recipe: Recipe, policy: LoadedModel, phase: Phase | None) -> Renderer:
     """How samples are shown to this policy in this phase."""
     return Renderer(
         tokenizer=policy.tokenizer,

@@ -5,11 +5,8 @@ Functions of (model, groups, stage): the trainer only binds them.
 
 from __future__ import annotations
 
-import json
-import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,12 +25,13 @@ from rft.hf.logprobs import Lens, token_logprobs
 from rft.hf.together import Together
 from rft.quarantine import Quarantine
 from rft.recipe import Phase
+from rft.report.rollout_log import RolloutLog
 from rft.rollout.policy import Limits, stream_key
 from rft.rollout.reference import reference_rollout
 from rft.rollout.render import Renderer
 from rft.rollout.single import roll_out
-from rft.scoring import Reward, ScoreReport, score
-from rft.types import WORLD, Batch, Group, Pack, Sample, Scored, Segment
+from rft.scoring import Reward, score
+from rft.types import WORLD, Batch, Example, Group, Pack, Sample, Scored, Segment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,19 +65,27 @@ class Stage:
         return Limits(max_tokens=s.max_tokens, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
 
     def step(
-        self, indices: Sequence[int], *, model: torch.nn.Module, reference: Any, step: int, together: Together
+        self,
+        indices: Sequence[int],
+        *,
+        model: torch.nn.Module,
+        reference: Any,
+        step: int,
+        together: Together,
+        trainer_state: Any = None,
     ) -> tuple[list[Batch], Agreement, dict[str, list[float]]]:
         """One generation: a batch per sample, in order, what the ranks agreed on, and what to log.
 
-        `reference(packs, kinds) -> ref_N` is called only when the KL weight is not 0. `together` holds the collectives.
+        `reference(packs, kinds) -> ref_N` is called only when the KL weight is not 0. `together` holds the collectives;
+        rewards in TRL's style get `trainer_state`.
         """
         samples, prompts = self.open(indices, step)
         if self.phase.supervised:
             groups, metrics = self.annotate(samples, prompts), {}
         else:
-            groups, metrics = self.explore(samples, prompts, model, step, together)
+            groups, metrics = self.explore(samples, prompts, model, step, together, trainer_state)
         examples = self.credit(groups, together)
-        packs = [self.pack(e, g.muted) for e, g in zip(examples, groups, strict=True)]
+        packs = [self.pack(e) for e in examples]
         if self.rollout_log:
             self.rollout_log.write(step, groups, examples)
         agreed = self.agree(packs, together)
@@ -121,46 +127,53 @@ class Stage:
         ]
 
     def explore(
-        self, samples: list[Sample], prompts: list[Segment], model: torch.nn.Module, step: int, together: Together
+        self,
+        samples: list[Sample],
+        prompts: list[Segment],
+        model: torch.nn.Module,
+        step: int,
+        together: Together,
+        trainer_state: Any,
     ) -> tuple[list[Group], dict[str, list[float]]]:
         """Roll out, score and mute; with `refill`, silent groups make room for other samples, up to n times.
 
         The log describes what was sampled first: refilling changes what is trained on, not how the policy did.
         """
         policy = ModelPolicy(model, self.lens, self.eos_ids, weights=step)
-        groups, report = self.roll_and_score(samples, prompts, policy, (self.seed, self.name, step))
+
+        def rolled(samples: Sequence[Sample], prompts: Sequence[Segment], *attempt: object) -> list[Group]:
+            rollouts = roll_out(
+                samples,
+                prompts,
+                self.phase.group_size,
+                policy=policy,
+                renderer=self.renderer,
+                limits=self.limits,
+                draw=(self.seed, self.name, step, *attempt),
+            )
+            pairs = list(zip(samples, rollouts, strict=True))
+            groups, report = score(pairs, self.rewards, trainer_state=trainer_state)
+            for name, count in report.failed.items():
+                failed[name] = failed.get(name, 0) + count
+            for error in report.errors:
+                print(f"step {step}: {error}", flush=True)
+            return list(mute(groups))
+
+        failed: dict[str, int] = {}
+        groups = rolled(samples, prompts)
         metrics = describe(groups)
-        metrics |= {f"reward/{name}/failed": [float(n)] for name, n in report.failed.items() if n}
-        for error in report.errors:
-            print(f"step {step}: {error}", flush=True)
         for attempt in range(self.phase.refill):
             silent = [i for i, g in enumerate(groups) if g.muted]
             if not together.any(bool(silent)):
                 break
+            if self.rollout_log:  # what gives way is in the log as well
+                self.rollout_log.write(step, [groups[i] for i in silent], [credit(groups[i], None) for i in silent])
             drawn = [self._draw(step, groups[i].sample.id, "refill", attempt) for i in silent]
-            draw = (self.seed, self.name, step, "refill", attempt)
-            fresh, _ = self.roll_and_score(*self.open(drawn, step), policy, draw)
-            for i, group in zip(silent, fresh, strict=True):
+            for i, group in zip(silent, rolled(*self.open(drawn, step), "refill", attempt), strict=True):
                 groups[i] = group
-        return groups, metrics
+        return groups, metrics | {f"reward/{name}/failed": [float(n)] for name, n in failed.items() if n}
 
-    def roll_and_score(
-        self, samples: Sequence[Sample], prompts: Sequence[Segment], policy: ModelPolicy, draw: Sequence[object]
-    ) -> tuple[list[Group], ScoreReport]:
-        """Groups of `group_size` rollouts, scored; those without signal are muted."""
-        rollouts = roll_out(
-            samples,
-            prompts,
-            self.phase.group_size,
-            policy=policy,
-            renderer=self.renderer,
-            limits=self.limits,
-            draw=draw,
-        )
-        groups, report = score(list(zip(samples, rollouts, strict=True)), self.rewards)
-        return list(mute(groups)), report
-
-    def credit(self, groups: Sequence[Group], together: Together) -> list[Any]:
+    def credit(self, groups: Sequence[Group], together: Together) -> list[tuple[Example, ...]]:
         """Examples of each group; a batch-wide standard deviation is taken over all ranks."""
         if self.phase.supervised:
             return [credit(g, None) for g in groups]
@@ -170,10 +183,10 @@ class Stage:
         estimator = ESTIMATORS[self.phase.estimator]
         return [credit(g, estimator, mask_truncated=self.phase.mask_truncated, **params) for g in groups]
 
-    def pack(self, examples: Sequence[Any], muted: str) -> Pack:
+    def pack(self, examples: Sequence[Example]) -> Pack:
         """A group on the family's clock."""
         lens = self.lens
-        return pack(examples, family=lens.family, image_pad_id=lens.image_pad_id, video_pad_id=lens.video_pad_id, muted=muted)
+        return pack(examples, family=lens.family, image_pad_id=lens.image_pad_id, video_pad_id=lens.video_pad_id)
 
     @torch.no_grad()
     def log_probs(self, model: torch.nn.Module, packs: Sequence[Pack], kinds: frozenset[str]) -> list[Tensor]:
@@ -191,6 +204,8 @@ class Stage:
         Where the vision tower learns, text alone still counts as an image: parameters that one rank leaves without a
         gradient stop the others.
         """
+        for news in together.gather(self.quarantine.news()):
+            self.quarantine.hear(news)
         examples = [e for p in packs for e in p.examples]
         tokens = sum(int((e.authors_T != WORLD).sum()) for e in examples if e.weight)
         forwards = -(-len(packs) // self.phase.groups_per_device)
@@ -214,15 +229,16 @@ class Stage:
             kinds=agreed.kinds,
         )
         columns = columns_of(batches, logprobs_N)
+        kept_N = columns.weight_R[columns.row_N]
         loss, sums = OBJECTIVES[phase.objective](
             columns, normaliser, clip_low=phase.clip.low, clip_high=phase.clip.high, kl=phase.kl
         )
         metrics = {name: float(value) for name, value in sums.items()}
-        metrics["entropy"] = float(entropy_N.sum()) / max(normaliser.tokens, 1.0)
+        metrics["entropy"] = float((entropy_N * kept_N).sum()) / max(normaliser.tokens, 1.0)
         if not phase.supervised:
             sampler_N = torch.from_numpy(_trained(batches, "sampler_T")).to(logprobs_N.device)
             gap_N = (logprobs_N.detach() - sampler_N).abs()
-            metrics["sampler_gap"] = float(gap_N.nan_to_num().sum()) / max(normaliser.tokens, 1.0)
+            metrics["sampler_gap"] = float((gap_N.nan_to_num() * kept_N).sum()) / max(normaliser.tokens, 1.0)
         return loss, metrics
 
 
@@ -248,38 +264,3 @@ def columns_of(batches: Sequence[Batch], logprobs_N: Tensor) -> Columns:
 
 def _trained(batches: Sequence[Batch], column: str) -> np.ndarray:
     return np.concatenate([getattr(e, column)[e.authors_T != WORLD] for b in batches for e in b.pack.examples])
-
-
-@dataclass(slots=True)
-class RolloutLog:
-    """Every rollout with every reward part, one JSON line each."""
-
-    path: Path
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def write(self, step: int, groups: Sequence[Group], examples: Sequence[Sequence[Any]]) -> None:
-        """Append the groups of one generation."""
-        lines = []
-        for group, rows in zip(groups, examples, strict=True):
-            for member, row in zip(group.members, rows, strict=True):
-                trained = row.advantages_T[row.authors_T != WORLD]
-                lines.append(
-                    json.dumps(
-                        {
-                            "step": step,
-                            "sample": group.sample.id,
-                            "author": "reference" if member.rollout.is_reference else "policy",
-                            "text": member.rollout.text,
-                            "stop": member.rollout.stop,
-                            "tokens": member.rollout.num_tokens,
-                            "reward": member.reward,
-                            "parts": dict(member.parts),
-                            "notes": dict(member.notes),
-                            "advantage": float(trained[0]) if len(trained) else 0.0,
-                            "muted": group.muted,
-                        },
-                        ensure_ascii=False,
-                    )
-                )
-        with self._lock, self.path.open("a", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")

@@ -15,7 +15,7 @@ from trl.models.utils import unwrap_model_for_generation
 
 from rft.errors import RolloutError
 from rft.hf.compat import reload_weights
-from rft.hf.models import Policy
+from rft.hf.models import LoadedModel
 from rft.hf.nonfinite import Guard
 from rft.hf.step import Stage
 from rft.hf.together import Together
@@ -27,7 +27,7 @@ class GroupTrainer(GRPOTrainer):
 
     def __init__(
         self,
-        policy: Policy,
+        policy: LoadedModel,
         stage: Stage,
         args: GRPOConfig,
         *,
@@ -58,7 +58,12 @@ class GroupTrainer(GRPOTrainer):
             raise RolloutError("generation", f"{len(indices)} groups do not fill {self.args.steps_per_generation} micro-steps")
         with self.at_rest() as model:
             batches, agreed, values = self.stage.step(
-                indices, model=model, reference=self._reference, step=self.state.global_step, together=self.together
+                indices,
+                model=model,
+                reference=self._reference,
+                step=self.state.global_step,
+                together=self.together,
+                trainer_state=self.state,
             )
         for name, mean in self.together.means(values).items():
             self._metrics["train"][name].append(mean)
@@ -92,7 +97,10 @@ class GroupTrainer(GRPOTrainer):
     @contextmanager
     def at_rest(self) -> Iterator[torch.nn.Module]:
         """The plain model in eval mode, gathered and without checkpointing; training mode comes back afterwards."""
-        with unwrap_model_for_generation(self.model_wrapped, self.accelerator) as model:
+        checkpointing = self.args.gradient_checkpointing_kwargs
+        with unwrap_model_for_generation(
+            self.model_wrapped, self.accelerator, gradient_checkpointing_kwargs=checkpointing
+        ) as model:
             was_training = model.training
             model.eval()
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from rft.rollout.policy import Context, Limits, Policy, stream_key
@@ -20,11 +21,12 @@ def roll_out(
     draw: Sequence[object],
 ) -> list[tuple[Rollout, ...]]:
     """`size` rollouts of each sample, in order. `draw` (seed, step ...) with the sample and the index keys the sampling."""
-    contexts = [
-        Context(segments=(prompt,), key=stream_key(*draw, sample.id, index))
-        for sample, prompt in zip(samples, prompts, strict=True)
-        for index in range(size)
-    ]
+    contexts = []
+    met: Counter[str] = Counter()
+    for sample, prompt in zip(samples, prompts, strict=True):
+        again = (met[sample.id],) if met[sample.id] else ()  # a sample met twice is explored twice, not copied
+        met[sample.id] += 1
+        contexts += [Context(segments=(prompt,), key=stream_key(*draw, sample.id, *again, index)) for index in range(size)]
     replies = policy.extend(contexts, limits)
     rollouts = [
         Rollout(

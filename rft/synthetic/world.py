@@ -63,13 +63,13 @@ def draw_frames(rng: np.random.Generator, world: World, span: tuple[float, float
     return frames
 
 
-def encode(path: Path, frames: np.ndarray, fps: float) -> None:
+def encode(path: Path, frames: np.ndarray, fps: int) -> None:
     """Write uint8 frames [F, H, W, 3] as an H.264 mp4 with one key frame a second."""
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=round(fps), options={"preset": "ultrafast", "crf": "20"})
+        stream = container.add_stream("libx264", rate=fps, options={"preset": "ultrafast", "crf": "20"})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        stream.gop_size = max(1, round(fps))
+        stream.gop_size = fps
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())

@@ -36,6 +36,7 @@ def test_bnpo_depends_on_the_cut_by_definition(tiny_folders: dict[str, Path], wo
     stage = stage_of(policy, phase, world)
     whole = gradients(policy, stage, [0, 1, 2, 3], [[0, 1, 2, 3]])
     assert relative(gradients(policy, stage, [0, 1, 2, 3], [[3, 2, 1, 0]]), whole) <= 1e-5
+    assert relative(gradients(policy, stage, [0, 1, 2, 3], CUTS["uneven"]), whole) > 1e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -95,6 +95,39 @@ def test_quickstart_leaves_what_the_readme_promises(tmp_path: Path) -> None:
     assert len(json.loads((tmp_path / "eval.json").read_text())["answers"]) == 2
 
 
+def test_the_reference_of_a_phase_is_its_start(tmp_path: Path) -> None:
+    """After a warm-up that moved the weights, the KL of the next phase begins at 0 and then grows."""
+    (tmp_path / "r.py").write_text("def total(rollout, sample):\n    return float(sum(map(ord, rollout.text)) % 97)\n")
+    more = [
+        f"rewards.own.use={tmp_path / 'r.py'}:total",
+        "rewards.own.maximum=null",
+        "phases.warmup.steps=3",
+        "phases.grpo.steps=3",
+        "phases.grpo.kl.weight=0.1",
+        "phases.grpo.learning_rate=1e-3",
+    ]
+    train(str(ROOT / "recipes/quickstart.yaml"), [*shortened("recipes/quickstart.yaml", None), *more], str(tmp_path / "run"))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    kl = [r["kl"] for r in rows if r["phase"] == "grpo" and "kl" in r]
+    assert abs(kl[0]) < 1e-6 < kl[2]
+
+
+def test_a_run_folders_recipe_stands_alone(stand_ins: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data and rewards that were named relative to the recipe are found from the copy as well."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "r.py").write_text("def one(rollout, sample):\n    return float(len(rollout.text))\n")
+    (tmp_path / "mine" / "rows.jsonl").write_text(stand_ins["grounding"].read_text())
+    text = f"extends: {ROOT / 'recipes/grounding/grpo.yaml'}\ndata: {{train: rows.jsonl, test: rows.jsonl}}\n"
+    (tmp_path / "mine" / "mine.yaml").write_text(text + 'rewards: {own: {use: "r.py:one", maximum: null}}\n')
+    sets = [s for s in shortened("recipes/grounding/grpo.yaml", None) if "synthetic" not in s]
+    train(str(tmp_path / "mine" / "mine.yaml"), sets, str(tmp_path / "run"))
+    monkeypatch.chdir(tmp_path / "run")
+    copy = load("recipe.yaml")
+    assert copy.path(copy.recipe.data.train) == tmp_path / "mine" / "rows.jsonl"
+    assert {r.name for r in copy.rewards(copy.recipe.phases["grpo"])} == {"own", "iou", "format"}
+    assert evaluate("recipe.yaml", [], "checkpoint")["samples"] == 2
+
+
 def _set(values: list[str]) -> list[str]:
     return [x for value in values for x in ("--set", value)]
 

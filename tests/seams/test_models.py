@@ -80,6 +80,12 @@ def test_eos_ids_are_the_tokenizers_and_the_folders(tiny_folders: dict[str, Path
     assert eos_ids(str(folder), tokenizer) == (tokenizer.eos_token_id,)
 
 
+def test_a_bfloat16_base_under_adapters_stays_small(tiny_folders: dict[str, Path]) -> None:
+    policy = opened(tiny_folders["qwen2_5_vl"], phase_of(), dtype="bfloat16", lora=Lora(rank=2, alpha=4))
+    kinds = {(p.requires_grad, p.dtype) for p in policy.model.parameters()}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+
+
 def test_bfloat16_keeps_float32_weights_where_they_learn(tiny_folders: dict[str, Path], world: Path, tmp_path: Path) -> None:
     """At learning rate 1e-5 a bfloat16 weight of 0.08 would not move at all: half its spacing is 2.4e-4."""
     phase = phase_of(steps=1, learning_rate=1e-5)

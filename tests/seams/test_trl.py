@@ -16,7 +16,7 @@ from rft.errors import RftError, RolloutError
 from rft.hf.arguments import arguments
 from rft.hf.generate import ModelPolicy
 from rft.hf.logprobs import token_logprobs
-from rft.hf.models import Policy, open_policy
+from rft.hf.models import LoadedModel, open_policy
 from rft.hf.nonfinite import Guard
 from rft.hf.together import Together
 from rft.hf.trainer import GroupTrainer
@@ -27,7 +27,7 @@ from tests.stages import flat_gradient, length_reward, opened, phase_of, recipe_
 
 def trainer_of(
     folder: Path, phase: Phase, world: Path, out: Path, *, callbacks: Any = (), reward: Any = length_reward, **changes: Any
-) -> tuple[GroupTrainer, Policy]:
+) -> tuple[GroupTrainer, LoadedModel]:
     recipe = recipe_of(phase, **changes)
     policy = open_policy(str(folder), recipe, train=True)
     stage = stage_of(policy, phase, world, reward=reward)
@@ -37,7 +37,7 @@ def trainer_of(
     return GroupTrainer(policy, stage, args, together=together, guard=guard, callbacks=[guard, *callbacks]), policy
 
 
-def weights(policy: Policy) -> torch.Tensor:
+def weights(policy: LoadedModel) -> torch.Tensor:
     return torch.cat([p.detach().flatten().clone() for p in policy.model.parameters()])
 
 

@@ -30,14 +30,15 @@ def columns(logprobs: list[float], advantages: list[float], **more: object) -> C
 @pytest.mark.parametrize(
     ("aggregation", "weights"),
     [
-        ("grpo", [1 / 2, 1 / 6, 1 / 6, 1 / 6]),  # 1 / (length x 2 rows)
-        ("dapo", [1 / 4] * 4),  # 1 / 4 tokens
-        ("bnpo", [1 / 4] * 4),
-        ("dr_grpo", [1 / 10] * 4),  # 1 / (2 rows x limit 5)
+        ("grpo", [1 / 4, 1 / 12, 1 / 12, 1 / 12]),  # 1 / (length x 4 rows of the step)
+        ("dapo", [1 / 10] * 4),  # 1 / 10 tokens of the step
+        ("bnpo", [1 / 8] * 4),  # 1 / (4 tokens of this forward x 2 forwards)
+        ("dr_grpo", [1 / 20] * 4),  # 1 / (4 rows x limit 5)
     ],
 )
 def test_token_weights(aggregation: str, weights: list[float]) -> None:
-    assert token_weights(columns([0.0] * 4, [0.0] * 4), NORM, aggregation).tolist() == pytest.approx(weights)
+    step = Normaliser(rows=4, tokens=10, forwards=2, max_tokens=5)
+    assert token_weights(columns([0.0] * 4, [0.0] * 4), step, aggregation).tolist() == pytest.approx(weights)
 
 
 def test_a_row_left_out_has_no_weight_and_keeps_its_place_in_the_mean() -> None:

@@ -135,7 +135,7 @@ def test_nothing_gives_no_metrics() -> None:
 
 
 def test_the_table_has_a_column_per_metric_and_a_dash_where_there_is_none() -> None:
-    text = table({"random": {"miou": 0.25, "format": 1.0}, "warmup": {"format": 0.5}})
+    text = table({"random": {"miou": 0.25, "format": 1.0}, "after warmup": {"format": 0.5}})
     assert [line.split() for line in text.splitlines()] == [
         ["miou", "format"], ["random", "0.250", "1.000"], ["after", "warmup", "-", "0.500"],
     ]  # fmt: skip

@@ -22,8 +22,8 @@ prompts:
 rewards:
   iou: {use: "rewards/grounding.py:temporal_iou", args: {tags: [a, b], nested: {x: 1.5}}}
 phases:
-  warmup: {objective: nll, betas: [0.9, 0.98]}
   grpo: {kl: {weight: 0.04, estimator: k1}, estimator_args: {std: none}, prompts: {grounding: {question: "no yes: {question}"}}}
+  warmup: {objective: nll, betas: [0.9, 0.98]}
 """
 LEAST = {"name": "x", "model": "tiny", "phases": {"p": {"objective": "nll"}}}
 
@@ -133,6 +133,15 @@ def test_null_is_a_value_where_one_may_be_missing() -> None:
         (with_phase(estimator="leave_one_out", estimator_args={"std": "none"}), "phases.p.estimator_args"),
         (with_phase(kl={"estimator": "k2", "weight": 0.1}), "phases.p.kl.estimator"),
         (with_phase(kl={"weight": -0.1}), "phases.p.kl.weight"),
+        (
+            {
+                **LEAST,
+                "lora": {},
+                "rewards": {"r": {"use": "a.py:b"}},
+                "phases": {"p": {"objective": "nll"}, "q": {"kl": {"weight": 0.1}}},
+            },
+            "phases.q.kl.weight",
+        ),
         (with_phase(betas=[0.9]), "phases.p.betas"),
         (with_phase(steps=0), "phases.p.steps"),
         (with_phase(learning_rate=-1e-6), "phases.p.learning_rate"),
