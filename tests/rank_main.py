@@ -1,10 +1,11 @@
 """Run under a launcher by tests/equivalence/test_ranks.py: train two steps and save every step's gradient.
 
-python -m tests.rank_main OUT MODEL DATA: writes OUT/WORLD-RANK.pt.
+python -m tests.rank_main OUT MODEL DATA PHASE: writes OUT/WORLD-RANK.pt; PHASE is JSON.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
 
+from rft.algo.losses import KL
 from rft.hf.arguments import arguments
 from rft.hf.models import open_policy
 from rft.hf.nonfinite import Guard
@@ -31,10 +33,11 @@ class Keep(TrainerCallback):
             self.gradients.append(flat_gradient(model).clone())
 
 
-def main(out: Path, model: str, data: Path) -> None:
+def main(out: Path, model: str, data: Path, changes: dict[str, Any]) -> None:
     PartialState(cpu=True)
     together = Together()
-    phase = phase_of(groups_per_device=1, learning_rate=1e-5)
+    kl = KL(weight=changes.pop("kl", 0.0))
+    phase = phase_of(groups_per_device=1, learning_rate=1e-5, kl=kl, **changes)
     recipe = recipe_of(phase)
     policy = open_policy(model, recipe, train=True)
     stage = stage_of(policy, phase, data)
@@ -50,4 +53,4 @@ def main(out: Path, model: str, data: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    main(Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), json.loads(sys.argv[4]))

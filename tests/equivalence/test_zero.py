@@ -48,7 +48,7 @@ def test_zero_equals_ddp(stage: int, tiny_folders: dict[str, Path], mixed: Path,
     for name in ("ddp", "zero"):
         out = tmp_path / name
         out.mkdir()
-        module = ["-m", "tests.rank_main", str(out), str(tiny_folders["qwen2_5_vl"]), str(mixed)]
+        module = ["-m", "tests.rank_main", str(out), str(tiny_folders["qwen2_5_vl"]), str(mixed), "{}"]
         if name == "ddp":
             command = launched(2, *module[1:])
         else:
