@@ -10,7 +10,9 @@ import pytest
 import torch
 import yaml
 
-from tests.equivalence.test_ranks import launched, run_alone
+from rft.hf.models import load_whole
+from tests.equivalence.test_ranks import ROOT, launched, run_alone
+from tests.recipes.test_recipes import shortened
 
 pytestmark = pytest.mark.slow  # the first run compiles DeepSpeed's shared-memory collectives: most of a minute
 
@@ -61,3 +63,18 @@ def test_zero_equals_ddp(stage: int, tiny_folders: dict[str, Path], mixed: Path,
     for ddp, zero in zip(runs["ddp"]["logs"], runs["zero"]["logs"], strict=True):
         for key in ("reward", "entropy", "loss", "grad_norm"):
             assert zero[key] == pytest.approx(ddp[key], rel=1e-4, abs=1e-6), key
+
+
+def test_both_phases_train_and_save_under_zero3(tmp_path: Path) -> None:
+    """The shipped settings and the real entry point: the second phase loads what the first saved, whole or not at all."""
+    accelerate = yaml.safe_load((ROOT / "launch" / "accelerate" / "zero3.yaml").read_text())
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({**accelerate, "num_processes": 2, "use_cpu": True}))
+    sets = [x for value in shortened("recipes/quickstart.yaml", None) for x in ("--set", value)]
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "two.yaml")]
+    out = tmp_path / "run"
+    command = [sys.executable, *launcher, "-m", "rft.train", "recipes/quickstart.yaml", "--output", str(out), *sets]
+    done = run_alone(*command, timeout=280, DS_ACCELERATOR="cpu")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads((out / "state.json").read_text())["status"] == "finished"
+    model = load_whole(str(out / "checkpoint"), dtype=torch.float32, attention="sdpa")
+    assert all(p.numel() and p.isfinite().all() for p in model.parameters())
