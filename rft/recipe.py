@@ -14,7 +14,7 @@ import yaml
 from rft.algo import ESTIMATORS, OBJECTIVES
 from rft.algo.losses import KL
 from rft.condition import Condition
-from rft.data.media import Budget
+from rft.data.budget import Budget
 from rft.errors import RecipeError
 from rft.families import FAMILIES
 from rft.layers import stack

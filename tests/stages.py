@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from rft.data.budget import Budget
 from rft.data.frames import FrameStore
-from rft.data.media import Budget
 from rft.data.samples import read_samples
 from rft.hf.models import LoadedModel, open_policy
 from rft.hf.step import Stage

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rft import parsing
-from rft.data.media import Budget
+from rft.data.budget import Budget
 from rft.errors import DataError
 from rft.strict import nearest
 from rft.types import Media, Sample

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rft.data import media
+from rft.data.budget import Budget
 from rft.data.samples import check_inside
 from rft.errors import DataError, RolloutError
 from rft.families import Family
@@ -33,7 +34,7 @@ class Renderer:
     tokenizer: Any
     family: Family
     prompts: Mapping[str, Prompt]  # by task; "default" for the rest
-    budget: media.Budget = field(default_factory=media.Budget)
+    budget: Budget = field(default_factory=Budget)
     max_prompt_tokens: int = 8192
 
     def prompt(self, sample: Sample) -> Segment:

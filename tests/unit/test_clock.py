@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from rft.data.budget import Budget
 from rft.data.clock import modalities, rope_positions
-from rft.data.media import Budget
 from rft.data.media import view as view_of
 from rft.errors import RolloutError
 from rft.families import FAMILIES, Family

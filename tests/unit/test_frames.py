@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rft.data.budget import Budget
 from rft.data.frames import FrameStore
-from rft.data.media import Budget, read, view
+from rft.data.media import read, view
 from rft.errors import DataError
 from rft.families import FAMILIES
 from rft.types import Media, View

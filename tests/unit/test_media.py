@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rft.data.media import Budget, probe, read, view
+from rft.data.budget import Budget
+from rft.data.media import probe, read, view
 from rft.errors import DataError
 from rft.families import FAMILIES
 from rft.types import Media

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rft.data.media import Budget
+from rft.data.budget import Budget
 from rft.evaluation.baselines import best_constant, borrowed, random_answer, relative
 from rft.evaluation.metrics import measure
 from rft.families import FAMILIES

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rft.data.media import Budget
+from rft.data.budget import Budget
 from rft.data.samples import make_sample
 from rft.errors import DataError
 from rft.families import FAMILIES
