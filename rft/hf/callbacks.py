@@ -13,11 +13,11 @@ from transformers import TrainerCallback
 
 from rft.condition import Condition
 
-SHOWN = ("loss", "reward", "kl")
+SHOWN = ("nll", "reward", "kl")  # the loss of an on-policy step is 0 by construction
 
 
 class Progress(TrainerCallback):
-    """One bar per phase, with an estimate of what is left, the loss and the reward."""
+    """One bar per phase, with an estimate of what is left and the numbers that move."""
 
     def __init__(self, name: str) -> None:
         self._name, self._bar = name, None

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils.logging import disable_progress_bar
 
 from rft.data.frames import FrameStore
 from rft.errors import CompatError, RecipeError
@@ -19,6 +20,8 @@ from rft.families import Family, family_of
 from rft.hf.logprobs import Lens
 from rft.recipe import Lora, Phase, Recipe, Trainable
 from rft.rollout.render import Renderer
+
+disable_progress_bar()  # loading has none of ours; training has one per phase
 
 PARTS = ("vision", "projector", "language")
 
