@@ -30,6 +30,7 @@ def grpo(
         raise ValueError(f"std must be sample, population, batch or none, got {std!r}")
     if std == "batch" and batch_std is None:
         raise ValueError("std='batch' needs batch_std, the standard deviation over the whole batch")
+    rewards_G = _floats(rewards_G)
     if _tied(rewards_G):
         return torch.zeros_like(rewards_G)
     centred_G = rewards_G - rewards_G.mean()
@@ -41,10 +42,17 @@ def grpo(
 
 def leave_one_out(rewards_G: Tensor, is_reference_G: Tensor) -> Tensor:
     """A_i = r_i - mean of the others. RLOO, Ahmadian et al. 2024 (arXiv:2402.14740)."""
+    rewards_G = _floats(rewards_G)
     if _tied(rewards_G):
         return torch.zeros_like(rewards_G)
     num = rewards_G.numel()
     return (rewards_G - rewards_G.mean()) * num / (num - 1)
+
+
+def _floats(rewards_G: Tensor) -> Tensor:
+    """Rewards of 0 and 1 may come as integers or a list; a mean needs floats."""
+    rewards_G = torch.as_tensor(rewards_G)
+    return rewards_G if rewards_G.is_floating_point() else rewards_G.double()
 
 
 def _tied(rewards_G: Tensor) -> bool:

@@ -59,6 +59,12 @@ def test_by_hand() -> None:
     assert ESTIMATORS["leave_one_out"](rewards, none(rewards)).tolist() == pytest.approx([-1 / 3] * 3 + [1.0])
 
 
+def test_rewards_may_be_integers_or_a_list() -> None:
+    floats = ESTIMATORS["grpo"](torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64), none([0, 1, 1]))
+    for rewards in (torch.tensor([0, 1, 1]), [0, 1, 1]):
+        assert torch.allclose(ESTIMATORS["grpo"](rewards, none(rewards)), floats)
+
+
 @pytest.mark.parametrize("name", ESTIMATORS)
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1 + 0.2, 1e-30, 1e30])
 def test_equal_rewards_give_exactly_zero(name: str, value: float) -> None:
