@@ -90,7 +90,11 @@ def train(name: str, sets: Sequence[str] = (), output: str | None = None) -> dic
         raise
     if together.rank == 0:
         write_whole(folder / "summary.json", json.dumps(summary, indent=1))
-        levels = {k.replace("_", " "): summary[k]["miou"] for k in ("random", "best_constant") if "miou" in summary.get(k, {})}
+        levels = {
+            f"{k.replace('_', ' ')} (test)": summary[k]["miou"]
+            for k in ("random", "best_constant")
+            if "miou" in summary.get(k, {})
+        }
         draw_curves(folder / "metrics.jsonl", folder / "curves.png", lines=levels)
     last = list(recipe.phases)[-1]
     labels = {"random": "random", "best_constant": "best constant", "final": f"after {last}"}
