@@ -263,10 +263,13 @@ def _rewards(loaded: Loaded, phase: Phase, opened: Sequence[Opened], renderer: R
         rewards = loaded.rewards(phase)
     except RftError as error:
         return [_finding("error", error)]
-    samples = [replace(o.sample, messages=tuple(renderer.messages(o.sample))) for o in opened]
-    findings = check_rewards(rewards, samples, [o.reference for o in opened])
-    rows = f"{len(samples)} rows, the annotation and {len(HOSTILE)} hostile texts of each" if samples else "no rows"
-    fine = "" if findings or not samples else ": as they should be"
+    findings: list[Finding] = []
+    for split in dict.fromkeys(o.split for o in opened):  # ids are one per file: another split may use them again
+        chosen = [o for o in opened if o.split == split]
+        samples = [replace(o.sample, messages=tuple(renderer.messages(o.sample))) for o in chosen]
+        findings += check_rewards(rewards, samples, [o.reference for o in chosen])
+    rows = f"{len(opened)} rows, the annotation and {len(HOSTILE)} hostile texts of each" if opened else "no rows"
+    fine = "" if findings or not opened else ": as they should be"
     print(f"  rewards {', '.join(r.name for r in rewards)} tried on {rows}{fine}")
     return findings
 

@@ -230,3 +230,16 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=shipped_root()) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
+
+
+def test_check_judges_each_split_by_its_own_annotations(
+    world: Path, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    """Train and test may use the same ids: no annotation of one may be held against a row of the other."""
+    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()][:2]
+    for name, span in (("train", [1.0, 3.0]), ("test", [5.0, 7.0])):
+        lines = [json.dumps({**r, "video": str(world / r["video"]), "answer": {"span": span}}) for r in rows]
+        (elsewhere / f"{name}.jsonl").write_text("\n".join(lines))
+    code, out, _ = run(capsys, "check", "recipes/grounding/grpo.yaml", "--set", "model=tiny")
+    assert code == 0, out
+    assert "tried on 4 rows" in out
