@@ -32,6 +32,7 @@ from rft.families import Family
 from rft.types import Box, Media, View
 
 Window = tuple[float, tuple[int, int]]  # second of the first target, range of frames to choose from
+DECODE_THREADS = int(os.environ.get("RFT_DECODE_THREADS", "0"))  # of one decoder; 0 is one per core
 TIE = 1e-6  # seconds: two frames this close to equally near count as a tie
 
 
@@ -114,6 +115,7 @@ def _opened(path: str):
                 kinds = ", ".join(sorted({s.type for s in container.streams})) or "no"
                 raise DataError(path, f"has no video stream ({kinds} tracks)", "point the sample at a video")
             streams[0].thread_type = "AUTO"
+            streams[0].codec_context.thread_count = DECODE_THREADS
             yield container, streams[0]
     except (av.error.FFmpegError, OSError) as error:
         what, do = (
