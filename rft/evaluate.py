@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from rft.data.frames import FrameStore
+from rft.data.prefetch import Prefetcher
 from rft.data.samples import read_samples
 from rft.errors import DataError, RecipeError
 from rft.evaluation.baselines import best_constant, random_answer
@@ -42,10 +43,13 @@ def evaluate(
     renderer = renderer_for(recipe, policy, recipe.phases[list(recipe.phases)[-1]])
     samples = samples[: recipe.evaluation.max_samples or None]
     limits = Limits(max_tokens=recipe.evaluation.max_tokens, temperature=recipe.evaluation.temperature)
-    lens = policy.lens(FrameStore(int(recipe.data.frame_cache_gb * 2**30)))
-    metrics, rollouts = scorecard(
-        samples, ModelPolicy(policy.model, lens, policy.eos_ids), renderer, limits, seed=recipe.seed, together=together
-    )
+    frames = FrameStore(int(recipe.data.frame_cache_gb * 2**30), recipe.data.frame_cache_folder)
+    lens = policy.lens(frames, memory=policy.memory(frames, int(recipe.vision_memory_gb * 2**30)))
+    answering = ModelPolicy(policy.model, lens, policy.eos_ids)
+    with Prefetcher(frames, recipe.data.decoders(torch.cuda.is_available())) as prefetcher:
+        metrics, rollouts = scorecard(
+            samples, answering, renderer, limits, seed=recipe.seed, together=together, ahead=prefetcher.ahead
+        )
     baselines = {}
     if train:
         baselines = {

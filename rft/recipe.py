@@ -63,7 +63,18 @@ class Data:
     test: str = ""
     synthetic: World | None = None
     max_bad_share: float = 0.01  # rows and media that may be quarantined before the run stops
-    frame_cache_gb: float = 2.0  # decoded frames kept in memory
+    frame_cache_gb: float = 8.0  # decoded frames kept on disk
+    frame_cache: str = ""  # folder of decoded frames, which runs may share; by default the run's own
+    workers: int = -1  # processes that decode ahead; -1 is 4 beside a GPU and none where a CPU does all the work
+
+    def decoders(self, has_gpu: bool) -> int:
+        """How many processes decode ahead."""
+        return self.workers if self.workers >= 0 else 4 * has_gpu
+
+    @property
+    def frame_cache_folder(self) -> Path | None:
+        """The folder that the recipe names, if any."""
+        return Path(self.frame_cache).expanduser().absolute() if self.frame_cache else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +146,7 @@ class Phase:
     clip: Clip = field(default_factory=Clip)
     kl: KL = field(default_factory=KL)
     mask_truncated: bool = False
+    importance_cap: float = 0.0  # weigh tokens by min(p / p_sampler, cap); 0 is off
     refill: int = 0  # times that silent groups are replaced by other samples
     sampling: Sampling = field(default_factory=Sampling)
     prompts: Mapping[str, Prompt] = field(default_factory=dict)  # replace those of the recipe, by task
@@ -171,8 +183,11 @@ class Recipe:
     seed: int = 0
     family: str = "qwen2_5_vl"  # for checks without the model; a loaded model's own config must agree
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 on a GPU, float32 on a CPU
-    attention: str = "sdpa"
-    gradient_checkpointing: bool = False
+    attention: str = "sdpa"  # another name is handed to the library, and prompts are not shared
+    sharing: Literal["auto", "packed", "expanded"] = "auto"  # packed: a group's prompt is run once; expanded: once per rollout
+    max_tokens_per_pass: int = 0  # larger micro-steps are several forwards and one backward; 0 is no limit
+    gradient_checkpointing: Literal["auto", True, False] = "auto"  # auto: on where the estimate says that memory is short
+    vision_memory_gb: float = 4.0  # of a frozen tower's features, kept beyond what the current step needs
     trainable: Trainable = field(default_factory=Trainable)
     lora: Lora | None = None
     tiny: Tiny = field(default_factory=Tiny)
@@ -214,17 +229,17 @@ class Recipe:
 
 SOME = 1e-9  # the least of what has to be above 0
 LEAST: Mapping[type, Mapping[str, float]] = {
-    Recipe: {"max_prompt_tokens": 1, "save_steps": 0, "seed": 0},
+    Recipe: {"max_prompt_tokens": 1, "save_steps": 0, "seed": 0, "max_tokens_per_pass": 0, "vision_memory_gb": 0},
     Phase: {
         **dict.fromkeys(("steps", "groups_per_step", "groups_per_device", "updates"), 1),
-        **dict.fromkeys(("check_every", "refill", "learning_rate", "warmup_steps", "weight_decay"), 0),
+        **dict.fromkeys(("check_every", "refill", "learning_rate", "warmup_steps", "weight_decay", "importance_cap"), 0),
         "max_grad_norm": SOME,
     },
     Sampling: {"temperature": 0, "top_k": 0, "top_p": SOME, "max_tokens": 1},
     Evaluation: {"max_tokens": 1, "temperature": 0, "max_samples": 0},
     Clip: {"low": 0, "high": 0},
     KL: {"weight": 0},
-    Data: {"max_bad_share": 0, "frame_cache_gb": 0},
+    Data: {"max_bad_share": 0, "frame_cache_gb": 0, "workers": -1},
     World: {"train": 1, "validation": 0, "test": 0, "seconds": 1, "tick": SOME, "fps": 1, "size": 16},
     Lora: {"rank": 1, "alpha": 1, "dropout": 0},
     Tiny: {**dict.fromkeys(("hidden", "layers", "heads", "vision_hidden", "vision_layers"), 1), "init_std": SOME},

@@ -10,7 +10,8 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from rft.condition import Condition
 from rft.data.frames import FrameStore
+from rft.data.prefetch import Prefetcher
 from rft.data.samples import read_samples
 from rft.errors import DataError, RecipeError, RftError
 from rft.evaluation.baselines import best_constant, random_answer
@@ -29,7 +31,8 @@ from rft.files import write_whole
 from rft.hf.arguments import arguments
 from rft.hf.callbacks import MetricsFile, Progress, Validate
 from rft.hf.generate import ModelPolicy
-from rft.hf.models import LoadedModel, open_policy, renderer_for, trainable_table
+from rft.hf.memory import most_tokens, needs_checkpointing
+from rft.hf.models import LoadedModel, open_policy, renderer_for, sharing_of, trainable_table
 from rft.hf.nonfinite import Guard
 from rft.hf.step import Stage
 from rft.hf.tiny import make_tiny
@@ -54,6 +57,7 @@ class Run:
     loaded: Loaded
     splits: Mapping[str, Sequence[Sample]]
     frames: FrameStore
+    prefetcher: Prefetcher | None
     quarantine: Quarantine
     together: Together
     started: float
@@ -88,6 +92,9 @@ def train(name: str, sets: Sequence[str] = (), output: str | None = None) -> dic
     except BaseException as error:
         run.note(status="failed", reason=f"{type(error).__name__}: {error}")
         raise
+    finally:
+        if run.prefetcher:
+            run.prefetcher.close()
     if together.rank == 0:
         write_whole(folder / "summary.json", json.dumps(summary, indent=1))
         levels = {
@@ -147,12 +154,15 @@ def _phase(run: Run, name: str, policy: LoadedModel, target: Path) -> dict[str, 
     recipe, phase = run.loaded.recipe, run.loaded.recipe.phases[name]
     together = run.together
     renderer = renderer_for(recipe, policy, phase)
-    lens = policy.lens(run.frames, phase.sampling.temperature)
+    room = int(recipe.vision_memory_gb * 2**30)
+    lens = policy.lens(run.frames, phase.sampling.temperature, policy.memory(run.frames, room))
+    seen = replace(lens, memory=policy.memory(run.frames, room))  # an evaluation does not disturb what a step still needs
     limits = Limits(max_tokens=recipe.evaluation.max_tokens, temperature=recipe.evaluation.temperature)
 
     def evaluate(split: str, model: torch.nn.Module) -> dict[str, float]:
-        answering = ModelPolicy(model, lens, policy.eos_ids)
-        return scorecard(run.evaluated(split), answering, renderer, limits, seed=recipe.seed, together=together)[0]
+        answering = ModelPolicy(model, seen, policy.eos_ids)
+        ahead = {"ahead": run.prefetcher.ahead} if run.prefetcher else {}
+        return scorecard(run.evaluated(split), answering, renderer, limits, seed=recipe.seed, together=together, **ahead)[0]
 
     stage = Stage(
         name=name,
@@ -162,6 +172,8 @@ def _phase(run: Run, name: str, policy: LoadedModel, target: Path) -> dict[str, 
         renderer=renderer,
         rewards=run.loaded.rewards(phase),
         lens=lens,
+        reference_lens=replace(lens, memory=policy.reference_memory(run.frames, room)) if lens.memory is None else None,
+        max_tokens_per_pass=recipe.max_tokens_per_pass,
         eos_ids=policy.eos_ids,
         quarantine=run.quarantine,
         vision_learns=recipe.trainable.vision or recipe.trainable.projector,
@@ -169,10 +181,16 @@ def _phase(run: Run, name: str, policy: LoadedModel, target: Path) -> dict[str, 
     )
     guard = Guard(run.folder / "nonfinite" / name, phase.nonfinite, together)
     metrics_file = MetricsFile(run.folder / "metrics.jsonl", name, run.started)
+    packed = lens.sharing == "packed"
+    tokens = most_tokens(recipe, phase, packed=packed)
+    checkpointing, why = recipe.gradient_checkpointing, "the recipe says so"
+    if checkpointing == "auto":
+        checkpointing, why = needs_checkpointing(policy.model, tokens, world=together.size)
     trainer = GroupTrainer(
         policy,
         stage,
-        arguments(recipe, name, run.folder / "phases" / name, world=together.size),
+        arguments(recipe, name, run.folder / "phases" / name, world=together.size, checkpointing=checkpointing),
+        ahead=_ahead(run, stage) if run.prefetcher else None,
         together=together,
         guard=guard,
         evaluate=lambda model: evaluate("validation", model),
@@ -195,6 +213,8 @@ def _phase(run: Run, name: str, policy: LoadedModel, target: Path) -> dict[str, 
         trainer.add_callback(look)
     run.say(f"\nphase {name}: {phase.objective}, {phase.groups_per_step} groups a step, up to {phase.steps} steps")
     run.say(trainable_table(policy.model, policy.family))
+    run.say(f"  sharing: {lens.sharing}" + ("" if packed else f" ({sharing_of(policy.model, recipe)[1]})"))
+    run.say(f"  gradient checkpointing: {'on' if checkpointing else 'off'} ({why})")
     trainer.train()
     run.note(status="running", phase=name, step=trainer.state.global_step)
     if phase.until:
@@ -208,6 +228,18 @@ def _phase(run: Run, name: str, policy: LoadedModel, target: Path) -> dict[str, 
         result = evaluate("test", model) if run.splits["test"] else {}
     trainer.accelerator.free_memory()
     return result
+
+
+def _ahead(run: Run, stage: Stage) -> Callable[[Sequence[int]], None]:
+    """Decode the media of samples (by index) that are not in quarantine, in other processes."""
+
+    def ahead(indices: Sequence[int]) -> None:
+        for sample in (stage.samples[i] for i in indices):
+            if sample.id not in run.quarantine:
+                with suppress(DataError):  # the step meets it again, and says what is wrong
+                    run.prefetcher.ahead(stage.renderer.prompt(sample).views)
+
+    return ahead
 
 
 def _askable(run: Run, renderer: Renderer, *, supervised: bool) -> list[Sample]:
@@ -275,8 +307,11 @@ def _open_run(folder: Path, loaded: Loaded, together: Together, started: float) 
     quarantine.hear([(row.id, row.reason) for row in bad])
     if not splits["train"]:
         raise DataError("data.train", "there is nothing to train on", "set data.train to a JSONL file with usable rows")
+    frames = FrameStore(int(data.frame_cache_gb * 2**30), data.frame_cache_folder or folder / "frames")
+    workers = data.decoders(torch.cuda.is_available())
     return Run(
-        folder=folder, loaded=loaded, splits=splits, frames=FrameStore(int(data.frame_cache_gb * 2**30)),
+        folder=folder, loaded=loaded, splits=splits, frames=frames, 
+        prefetcher=Prefetcher(frames, workers) if workers else None,
         quarantine=quarantine, together=together, started=started,
     )  # fmt: skip
 

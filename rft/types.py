@@ -188,17 +188,41 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Node:
+    """A run of tokens that follows its parent's: every token sees its ancestors and, within the node, what is before it."""
+
+    parent: int  # index in the pack; -1 for a root
+    ids_T: np.ndarray  # int64
+    modality_T: np.ndarray  # int8: 0 text, 1 image, 2 video
+    positions_3T: np.ndarray  # int64, the family's rope index on the path from the root
+    views: tuple[View, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Pack:
-    """The examples of one group, laid out on the family's clock. Each example is a root-to-leaf path of its own."""
+    """The examples of one group as a prefix tree on the family's clock: what they have in common is there once.
+
+    Nodes are in depth-first order, so that the descendants of a node are the nodes right behind it. `paths[i]` are the
+    nodes from the root to the end of example i; their tokens, one after the other, are the example's.
+    """
 
     examples: tuple[Example, ...]
-    positions: tuple[np.ndarray, ...]  # [3, T] int64 per example
-    modalities: tuple[np.ndarray, ...]  # [T] int8 per example: 0 text, 1 image, 2 video
+    nodes: tuple[Node, ...]
+    paths: tuple[tuple[int, ...], ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that a packed forward runs over."""
+        return sum(len(n.ids_T) for n in self.nodes)
 
     @property
     def num_trained(self) -> int:
-        """Trained tokens N: those that the world did not write."""
+        """Trained tokens N, example by example: those that the world did not write."""
         return int(sum((e.authors_T != WORLD).sum() for e in self.examples))
+
+    def column(self, name: str, example: int) -> np.ndarray:
+        """`positions_3T` or `modality_T` along the path of one example, up to its last token."""
+        return np.concatenate([getattr(self.nodes[i], name) for i in self.paths[example]], axis=-1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -214,6 +238,6 @@ class Batch:
 
 
 __all__: Sequence[str] = [
-    "Author", "Batch", "Box", "Example", "Group", "Media", "Pack", "Rollout", "Sample", "Score", "Scored", "Segment",
+    "Author", "Batch", "Box", "Example", "Group", "Media", "Node", "Pack", "Rollout", "Sample", "Score", "Scored", "Segment",
     "Span", "Stop", "View",
 ]  # fmt: skip

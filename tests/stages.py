@@ -92,7 +92,7 @@ def gradients(policy: LoadedModel, stage: Stage, indices: Sequence[int], order: 
     agreed = replace(agreed, normaliser=replace(agreed.normaliser, forwards=len(order)))
     policy.model.zero_grad()
     for slots in order:
-        loss, _ = stage.loss(policy.model, [batches[i] for i in slots], agreed)
+        loss, _ = stage.loss(policy.model, [batches[i] for i in slots], agreed, Together())
         loss.backward()
     return flat_gradient(policy.model)
 

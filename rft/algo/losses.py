@@ -25,6 +25,7 @@ class Columns:
     weight_R: Tensor  # 1, or 0 for a row that is left out of the loss (truncated)
     old_N: Tensor | None = None
     ref_N: Tensor | None = None
+    sampler_N: Tensor | None = None  # the sampler's, for a capped correction; NaN where nobody sampled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +34,7 @@ class Normaliser:
 
     rows: float  # rows, the left-out and muted ones included
     tokens: float  # trained tokens of rows that are not left out
+    seen: float  # those of them that a forward runs over; silent groups may be spared
     forwards: float  # micro-steps x ranks; only `bnpo` looks at it
     max_tokens: int  # completion limit; only `dr_grpo` looks at it
 
@@ -64,12 +66,15 @@ def surrogate(
     kl: KL | None = None,
     aggregation: str = "grpo",
     ratio: str = "token",
+    importance_cap: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped importance-weighted policy loss, minimised.
 
     token loss = -min(w A, clip(w, 1 - low, 1 + high) A), with w = exp(log p - log p_old). Without `old_N` the step is on
     policy: w = exp(log p - sg[log p]), 1 in value and d log p in gradient. `ratio="sequence"` uses the row's geometric
-    mean of w for all its tokens (GSPO, Zheng et al. 2025, arXiv:2507.18071).
+    mean of w for all its tokens (GSPO, Zheng et al. 2025, arXiv:2507.18071). With `importance_cap` the token loss is
+    weighted by min(p_old / p_sampler, cap): the sampler may round differently from the forward that is trained (truncated
+    importance sampling, Yao et al. 2025, "Your efficient RL framework secretly brings you off-policy RL training").
 
     Returns the loss and detached token means for the log: clipped share, KL, ratio.
     """
@@ -81,7 +86,7 @@ def surrogate(
         log_ratio_N = row_mean(log_ratio_N, columns)[columns.row_N]
     ratio_N = log_ratio_N.exp()
     weights_N = token_weights(columns, normaliser, aggregation)
-    share_N = token_weights(columns, normaliser, "dapo")  # what is logged means the same under every objective
+    share_N = columns.weight_R[columns.row_N] / max(normaliser.seen, 1.0)  # what is logged means the same everywhere
     advantages_N = columns.advantages_N
     metrics: dict[str, Tensor] = {}
     if kl.weight and kl.estimator == "k1":
@@ -91,6 +96,10 @@ def surrogate(
     clipped_N = ratio_N.clamp(1 - clip_low, 1 + clip_high)
     unclipped_loss_N, clipped_loss_N = -ratio_N * advantages_N, -clipped_N * advantages_N
     token_loss_N = torch.maximum(unclipped_loss_N, clipped_loss_N)
+    if importance_cap:
+        correction_N = (old_N.detach() - columns.sampler_N).exp().clamp(max=importance_cap).nan_to_num(nan=1.0)
+        token_loss_N = token_loss_N * correction_N
+        metrics["correction"] = (correction_N * share_N).sum()
     if kl.weight and kl.estimator == "k3":
         k3_N = k3(logprobs_N, columns.ref_N)
         token_loss_N = token_loss_N + kl.weight * k3_N

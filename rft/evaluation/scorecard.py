@@ -9,7 +9,9 @@ from rft.evaluation.metrics import measure
 from rft.rollout.policy import Limits, Policy
 from rft.rollout.render import Renderer
 from rft.rollout.single import roll_out
-from rft.types import Rollout, Sample
+from rft.types import Rollout, Sample, Segment, View
+
+Ahead = Callable[[Sequence[View]], None]
 
 
 def answer_all(
@@ -20,29 +22,37 @@ def answer_all(
     *,
     seed: int,
     at_once: int = 64,
-    progress: Callable[[int], None] = lambda done: None,
+    ahead: Ahead = lambda views: None,
 ) -> list[Rollout]:
-    """One rollout per sample, in order.
+    """One rollout per sample, in order. `ahead` hears what the next samples show while these are answered.
 
     Raises:
         DataError: a sample cannot be shown. An evaluation leaves nothing out.
     """
     rollouts: list[Rollout] = []
-    for start in range(0, len(samples), at_once):
-        chunk = samples[start : start + at_once]
-        prompts = [renderer.prompt(s) for s in chunk]
+    chunks = [samples[start : start + at_once] for start in range(0, len(samples), at_once)]
+    following: list[Segment] = [renderer.prompt(s) for s in chunks[0]] if chunks else []
+    for chunk, next_chunk in zip(chunks, [*chunks[1:], []], strict=True):
+        prompts, following = following, [renderer.prompt(s) for s in next_chunk]
+        ahead([v for prompt in following for v in prompt.views])
         groups = roll_out(chunk, prompts, 1, policy=policy, renderer=renderer, limits=limits, draw=(seed, "evaluation"))
         rollouts += [group[0] for group in groups]
-        progress(len(rollouts))
     return rollouts
 
 
 def scorecard(
-    samples: Sequence[Sample], policy: Policy, renderer: Renderer, limits: Limits, *, seed: int, together: Any
+    samples: Sequence[Sample],
+    policy: Policy,
+    renderer: Renderer,
+    limits: Limits,
+    *,
+    seed: int,
+    together: Any,
+    ahead: Ahead = lambda views: None,
 ) -> tuple[dict[str, float], list[Rollout]]:
     """Metrics over all samples and the rollouts in order; ranks share the samples and all hear the result."""
     mine = range(together.rank, len(samples), together.size)
-    answered = answer_all([samples[i] for i in mine], policy, renderer, limits, seed=seed)
+    answered = answer_all([samples[i] for i in mine], policy, renderer, limits, seed=seed, ahead=ahead)
     texts = dict(pair for part in together.gather(list(zip(mine, answered, strict=True))) for pair in part)
     rollouts = [texts[i] for i in range(len(samples))]
     return measure(samples, rollouts), rollouts

@@ -35,7 +35,7 @@ def accumulation(phase: Phase, world: int, at: str) -> int:
     return phase.groups_per_step // per_micro_step
 
 
-def arguments(recipe: Recipe, name: str, folder: Path, *, world: int) -> GRPOConfig:
+def arguments(recipe: Recipe, name: str, folder: Path, *, world: int, checkpointing: bool = False) -> GRPOConfig:
     """The exact configuration. Its limits on batches are explained in the tests of the seam."""
     phase = recipe.phases[name]
     rows = rows_per_group(phase)
@@ -60,7 +60,7 @@ def arguments(recipe: Recipe, name: str, folder: Path, *, world: int) -> GRPOCon
         seed=recipe.seed,
         bf16=pick_dtype(recipe.dtype) == torch.bfloat16,
         use_cpu=not torch.cuda.is_available(),
-        gradient_checkpointing=recipe.gradient_checkpointing,
+        gradient_checkpointing=checkpointing,
         save_strategy="steps" if recipe.save_steps else "no",
         save_steps=recipe.save_steps or 500,
         logging_steps=1,

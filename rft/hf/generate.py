@@ -1,50 +1,146 @@
 """The policy behind `rollout.policy.Policy`: our own decoding loop over the public model.
 
-One prefill per distinct context, branches gathered from its cache, tokens by inverse CDF from stateless uniforms. Nothing
-is read from the model's generation config: only the recipe sets sampling. Shapes: `C` contexts, `B` rows, `V` vocabulary.
+*Packed*: contexts are a prefix tree; every node is run over once, its keys and values are there once, and each branch attends
+to them and to its own. *Expanded*: a padded row and a copy of the cache per branch; the oracle, and the way out where trees
+cannot go. Tokens by inverse CDF from stateless uniforms. Nothing is read from the model's generation config: only the recipe
+sets sampling. Shapes: `C` contexts, `B` rows, `V` vocabulary, `T` tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rft.data.clock import modalities, rope_positions
-from rft.hf.logprobs import Lens, placement, policy_logits
+from rft.data.pack import lay_out
+from rft.data.tree import grow
+from rft.hf.decode import Branches, Graphed, Keeper
+from rft.hf.head import policy_logits
+from rft.hf.logprobs import Lens, placement, row_inputs
 from rft.rollout.policy import Context, Limits, Reply, uniforms
+from rft.types import Node
+
+PREFILL = 32_768  # tokens of one prefill forward, where one tree alone is not longer
+FORWARD = Callable[[Tensor, Tensor], Tensor]  # ids [B, 1], positions [B] -> logits [B, V]
 
 
 class ModelPolicy:
-    """Extends contexts with a transformers model; `weights` is the version that its replies carry."""
+    """Extends contexts with a transformers model; `weights` is the version that its replies carry.
+
+    `room` is the memory that keys and values may take, in bytes; by default 60 % of what the GPU has free, or 4 GiB.
+    """
 
     def __init__(
-        self, model: torch.nn.Module, lens: Lens, eos_ids: Sequence[int], *, weights: int = 0, max_tokens: int = 131_072
+        self, model: torch.nn.Module, lens: Lens, eos_ids: Sequence[int], *, weights: int = 0, room: int | None = None
     ) -> None:
         self._model, self._lens, self._eos, self._weights = model, lens, tuple(eos_ids), weights
-        self._max_tokens = max_tokens  # 7.5 GB of keys and values for Qwen2.5-VL-7B
+        self._room = room
 
     @torch.no_grad()
     def extend(self, contexts: Sequence[Context], limits: Limits) -> list[Reply]:
         """One reply per context, in order. The model must be in eval mode, gradient checkpointing off."""
         replies: list[Reply] = []
         for wave in self._waves(contexts, limits):
-            replies += self._wave(wave, limits)
+            if self._lens.memory is not None:
+                self._lens.memory.encode(self._model, dict.fromkeys(v for c in wave for s in c.segments for v in s.views))
+            replies += (self._packed if self._lens.sharing == "packed" else self._expanded)(wave, limits)
         return replies
 
     def _waves(self, contexts: Sequence[Context], limits: Limits) -> Iterator[Sequence[Context]]:
-        """Runs of contexts whose padded tokens, prompt and reply, stay within `max_tokens`; at least one context each."""
-        begin = longest = 0
+        """Runs of contexts whose keys and values have room; at least one context each. A shared context counts once."""
+        room = self._tokens()
+        begin = tokens = 0
+        met: set[tuple[int, ...]] = set()
         for end, context in enumerate(contexts):
-            longest = max(longest, sum(len(s.ids) for s in context.segments) + limits.max_tokens)
-            if end > begin and longest * (end + 1 - begin) > self._max_tokens:
+            prefix = tuple(map(id, context.segments))
+            is_new = prefix not in met or self._lens.sharing == "expanded"
+            cost = limits.max_tokens + (sum(len(s.ids) for s in context.segments) if is_new else 0)
+            if end > begin and tokens + cost > room:
                 yield contexts[begin:end]
-                begin, longest = end, sum(len(s.ids) for s in context.segments) + limits.max_tokens
+                begin, tokens, met = end, 0, set()
+                cost = limits.max_tokens + sum(len(s.ids) for s in context.segments)
+            tokens += cost
+            met.add(prefix)
         yield contexts[begin:]
 
-    def _wave(self, contexts: Sequence[Context], limits: Limits) -> list[Reply]:
+    def _tokens(self) -> int:
+        """Tokens whose keys and values have room."""
+        text = self._model.config.text_config
+        device, dtype = placement(self._model)
+        head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        each = 2 * text.num_hidden_layers * text.num_key_value_heads * head * dtype.itemsize
+        room = self._room
+        if room is None:
+            room = int(0.6 * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 4 << 30
+        return max(room // each, 1)
+
+    def _packed(self, contexts: Sequence[Context], limits: Limits) -> list[Reply]:
+        """Prefill the tree of all contexts, then decode all of them together."""
+        lens = self._lens
+        order = sorted(range(len(contexts)), key=lambda i: sum(len(s.ids) for s in contexts[i].segments))
+        branches = [[(np.asarray(s.ids, np.int64), s.views) for s in contexts[i].segments] for i in order]
+        nodes, paths = grow(branches, family=lens.family, image_pad_id=lens.image_pad_id, video_pad_id=lens.video_pad_id)
+        ends, prefix, positions_E = self._prefill(nodes, sorted({path[-1] for path in paths}))
+        order_B = sorted(range(len(paths)), key=lambda i: paths[i][-1])  # rows in the order of the tree
+        paths_B = [paths[i] for i in order_B]
+        end_B = np.searchsorted(sorted({path[-1] for path in paths}), [path[-1] for path in paths_B])
+        keys_B = np.array([contexts[order[i]].key for i in order_B], dtype=np.uint64)
+        stops = np.cumsum([len(n.ids_T) for n in nodes])
+        spans = np.stack([stops - [len(n.ids_T) for n in nodes], stops], axis=1)
+        branches = Branches(prefix, spans, paths_B, limits.max_tokens)
+        index_B = torch.from_numpy(end_B).to(ends.device)
+        next_B = positions_E[index_B]
+
+        def step(token_B: Tensor, next_B: Tensor) -> Tensor:
+            outputs = self._model(
+                input_ids=token_B[:, None],
+                position_ids=next_B[None, :, None].expand(3, -1, -1),
+                use_cache=False,
+                tree=branches,
+            )
+            return outputs.logits[:, -1]
+
+        graphed = Graphed(step, branches)
+
+        def forward(token_B: Tensor, alive_B: np.ndarray, position: int) -> Tensor:
+            if len(alive_B) < branches.num_rows:
+                branches.keep(alive_B)
+            return graphed(token_B, next_B[torch.from_numpy(alive_B).to(next_B.device)] + position)
+
+        replies = self._decode(ends[index_B], forward, keys_B, limits)
+        found: list[Any] = [None] * len(contexts)
+        for reply, i in zip(replies, order_B, strict=True):
+            found[order[i]] = reply
+        return found
+
+    def _prefill(self, nodes: Sequence[Node], ends: Sequence[int]) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor]:
+        """Logits [E, V] behind the end nodes, (keys, values) [H, T, D] per layer over all nodes, next position [E]."""
+        logits, layers, begin = [], [], 0
+        while begin < len(nodes):
+            stop = begin + 1
+            while stop < len(nodes) and (
+                nodes[stop].parent >= 0 or sum(len(n.ids_T) for n in nodes[begin : stop + 1]) <= PREFILL
+            ):
+                stop += 1
+            trees = [replace(n, parent=n.parent - begin if n.parent >= 0 else -1) for n in nodes[begin:stop]]
+            row = lay_out(trees)
+            last = [row.stops[e - begin] - 1 for e in ends if begin <= e < stop]
+            inputs = row_inputs(self._model, row, self._lens)
+            device, keeper = inputs["input_ids"].device, Keeper(inputs["tree"])
+            kept = {"logits_to_keep": torch.tensor(last, device=device), "tree": keeper}
+            logits.append(self._model(use_cache=False, **{**inputs, **kept}).logits[0])
+            layers.append([keeper.layers[i] for i in sorted(keeper.layers)])
+            begin = stop
+        prefix = [tuple(torch.cat(kind, dim=1) for kind in zip(*layer, strict=True)) for layer in zip(*layers, strict=True)]
+        last_E = torch.tensor([int(nodes[e].positions_3T[0, -1]) + 1 for e in ends], device=logits[0].device)
+        return torch.cat(logits), prefix, last_E
+
+    def _expanded(self, contexts: Sequence[Context], limits: Limits) -> list[Reply]:
         slots: dict[tuple[int, ...], int] = {}
         heads: list[Context] = []
         slot_B = []
@@ -54,18 +150,35 @@ class ModelPolicy:
                 slots[shared] = len(heads)
                 heads.append(context)
             slot_B.append(slots[shared])
-        logits_CV, cache, mask_CT, next_C = self._prefill(heads)
-        if slot_B != list(range(len(heads))):
-            index_B = torch.tensor(slot_B, device=logits_CV.device)
-            cache.batch_select_indices(index_B)
-            logits_CV, mask_CT, next_C = logits_CV[index_B], mask_CT[index_B], next_C[index_B]
-        keys_B = np.array([c.key for c in contexts], dtype=np.uint64)
-        return self._decode(logits_CV, cache, mask_CT, next_C, keys_B, limits)
+        logits_CV, cache, mask_CT, next_C = self._prefill_padded(heads)
+        index_B = torch.tensor(slot_B, device=logits_CV.device)
+        cache.batch_select_indices(index_B)
+        mask_BT, next_B = mask_CT[index_B], next_C[index_B]
+        rows = np.arange(len(contexts))
 
-    def _prefill(self, heads: Sequence[Context]) -> tuple[Tensor, object, Tensor, Tensor]:
+        def forward(token_B: Tensor, alive_B: np.ndarray, position: int) -> Tensor:
+            nonlocal rows, mask_BT, next_B
+            if len(alive_B) < len(rows):
+                kept = torch.from_numpy(np.searchsorted(rows, alive_B)).to(mask_BT.device)
+                cache.batch_select_indices(kept)
+                rows, mask_BT, next_B = alive_B, mask_BT[kept], next_B[kept]
+            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), 1)], dim=1)
+            outputs = self._model(
+                input_ids=token_B[:, None],
+                attention_mask=mask_BT,
+                position_ids=(next_B + position)[None, :, None].expand(3, -1, -1),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            return outputs.logits[:, -1]
+
+        keys_B = np.array([c.key for c in contexts], dtype=np.uint64)
+        return self._decode(logits_CV[index_B], forward, keys_B, limits)
+
+    def _prefill_padded(self, heads: Sequence[Context]) -> tuple[Tensor, object, Tensor, Tensor]:
         """Last logits [C, V], cache, attention mask [C, T] (left padded) and next position [C]."""
         lens = self._lens
-        device, dtype = placement(self._model)
+        device, _ = placement(self._model)
         rows = [np.asarray(c.ids, dtype=np.int64) for c in heads]
         views = [[v for s in c.segments for v in s.views] for c in heads]
         width = max(map(len, rows))
@@ -86,33 +199,37 @@ class ModelPolicy:
             mm_token_type_ids=torch.from_numpy(kinds_CT).to(device),
             logits_to_keep=1,
             use_cache=True,
-            **lens.media_inputs([v for shown in views for v in shown], device, dtype),
+            **lens.media_inputs(self._model, [v for shown in views for v in shown]),
         )
         return outputs.logits[:, -1], outputs.past_key_values, mask, positions[0, :, -1] + 1
 
-    def _decode(
-        self, logits_BV: Tensor, cache: object, mask_BT: Tensor, next_B: Tensor, keys_B: np.ndarray, limits: Limits
-    ) -> list[Reply]:
+    def _decode(self, logits_BV: Tensor, forward: FORWARD, keys_B: np.ndarray, limits: Limits) -> list[Reply]:
+        """Token by token, all rows together. Rows that are done give their place up once they are a quarter of all.
+
+        `forward(token_B, alive_B, position)` takes the rows that are left, by their first number, and gives their logits.
+        """
         eos = torch.tensor(self._eos, device=logits_BV.device)
-        ids, logprobs = [], []
-        done_B = torch.zeros(len(logits_BV), dtype=torch.bool, device=logits_BV.device)
+        alive_B, done_B = np.arange(len(keys_B)), np.zeros(len(keys_B), bool)
+        ids_BT = np.zeros((len(keys_B), limits.max_tokens), np.int64)
+        logprobs_BT = np.zeros(ids_BT.shape)
         for position in range(limits.max_tokens):
-            token_B, logprob_B = self._choose(logits_BV, keys_B, position, limits)
-            ids.append(token_B)
-            logprobs.append(logprob_B)
-            done_B = done_B | torch.isin(token_B, eos)
-            if position + 1 == limits.max_tokens or bool(done_B.all()):
+            token_B, logprob_B = self._choose(logits_BV, keys_B[alive_B], position, limits)
+            ids_BT[alive_B, position] = token_B.cpu().numpy()
+            logprobs_BT[alive_B, position] = logprob_B.cpu().numpy()
+            done_B |= torch.isin(token_B, eos).cpu().numpy()
+            if position + 1 == limits.max_tokens or done_B.all():
                 break
-            mask_BT = torch.cat([mask_BT, mask_BT.new_ones(len(mask_BT), 1)], dim=1)
-            outputs = self._model(
-                input_ids=token_B[:, None],
-                attention_mask=mask_BT,
-                position_ids=(next_B + position)[None, :, None].expand(3, -1, -1),
-                past_key_values=cache,
-                use_cache=True,
-            )
-            logits_BV = outputs.logits[:, -1]
-        return self._replies(torch.stack(ids, 1).tolist(), torch.stack(logprobs, 1).tolist())
+            if done_B.sum() * 4 >= len(done_B):
+                token_B, alive_B, done_B = (
+                    token_B[torch.from_numpy(~done_B).to(token_B.device)],
+                    alive_B[~done_B],
+                    done_B[~done_B],
+                )
+            logits_BV = forward(token_B, alive_B, position)
+        return [
+            self._reply(ids_T.tolist(), logprobs_T.tolist())
+            for ids_T, logprobs_T in zip(ids_BT[:, : position + 1], logprobs_BT[:, : position + 1], strict=True)
+        ]
 
     def _choose(self, logits_BV: Tensor, keys_B: np.ndarray, position: int, limits: Limits) -> tuple[Tensor, Tensor]:
         greedy = limits.temperature == 0
@@ -125,19 +242,14 @@ class ModelPolicy:
             token_B = inverse_cdf(truncate(logprobs_BV, limits).exp(), u_B)
         return token_B, logprobs_BV.gather(-1, token_B[:, None])[:, 0]
 
-    def _replies(self, ids_BT: list[list[int]], logprobs_BT: list[list[float]]) -> list[Reply]:
-        replies = []
-        for ids, logprobs in zip(ids_BT, logprobs_BT, strict=True):
-            end = next((i + 1 for i, token in enumerate(ids) if token in self._eos), None)
-            replies.append(
-                Reply(
-                    ids=tuple(ids[:end]),
-                    logprobs=tuple(logprobs[:end]),
-                    stop="length" if end is None else "answered",
-                    weights=self._weights,
-                )
-            )
-        return replies
+    def _reply(self, ids: list[int], logprobs: list[float]) -> Reply:
+        end = next((i + 1 for i, token in enumerate(ids) if token in self._eos), None)
+        return Reply(
+            ids=tuple(ids[:end]),
+            logprobs=tuple(logprobs[:end]),
+            stop="length" if end is None else "answered",
+            weights=self._weights,
+        )
 
 
 def inverse_cdf(probs_BV: Tensor, u_B: Tensor) -> Tensor:

@@ -1,21 +1,28 @@
 """Packs to token log-probs: one forward of the public model for all packs of a micro-step.
 
-Shapes: `B` rows (examples), `T` tokens of the longest row, `N` trained tokens of all rows, flat and in row order.
+Two layouts, one result. *Packed*: the prefix trees of all packs end to end in one row, what branches share once. *Expanded*:
+every example a padded row of its own, as every other trainer does it; the oracle, and the way out where trees cannot go.
+Shapes: `B` rows, `T` tokens of a row, `N` trained tokens of all examples, flat and in order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rft.data.frames import FrameStore
+from rft.data.pack import forest, lay_out, trained
 from rft.families import Family
+from rft.hf.head import plain, scoring
+from rft.hf.kernels import Plan
 from rft.hf.pixels import patchify
-from rft.types import WORLD, Pack, View
+from rft.hf.vision import VisionMemory
+from rft.types import WORLD, Node, Pack, View
 
 MEDIA_INPUTS = (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw"))
 
@@ -25,7 +32,7 @@ class Lens:
     """What a forward needs to know besides the pack: how pixels are found, and which ids no policy may write.
 
     The suppressed ids get probability 0 in every forward, as at sampling, so that the trained and the sampled
-    distribution are the same one.
+    distribution are the same one. With a `memory` the vision tower is not asked: what it made of the views is there.
     """
 
     family: Family
@@ -35,20 +42,24 @@ class Lens:
     video_pad_id: int
     suppressed: tuple[int, ...]
     temperature: float = 1.0
+    sharing: Literal["packed", "expanded"] = "expanded"
+    memory: VisionMemory | None = None
 
-    def media_inputs(
-        self, views: Sequence[View], device: torch.device, dtype: torch.dtype, fillers: Sequence[str] = ()
-    ) -> dict[str, Tensor]:
-        """pixel_values*, *_grid_thw for the views of all rows, in order; a view shown twice is patchified once.
+    def media_inputs(self, model: Any, views: Sequence[View], fillers: Sequence[str] = ()) -> dict[str, Any]:
+        """What the public forward takes for the views of all rows, in order: pixels, or what the tower made of them.
 
-        Each filler kind gets the smallest grey picture at the end, for a filler row.
+        A view shown twice is patchified once. Each filler kind gets the smallest grey picture at the end.
         """
+        device, dtype = placement(model)
+        kinds = {kind: [v for v in views if v.kind == kind] for kind, _, _ in MEDIA_INPUTS}
+        if self.memory is not None:
+            shown = {k: self.memory.outputs(plain(model), v, k in fillers) for k, v in kinds.items() if v or k in fillers}
+            return {"mm_encoder_outputs": shown}
         patches = {v: patchify(torch.tensor(self.frames.get(v)).to(device), v, self.family) for v in set(views)}
         grey = torch.zeros(self.family.merge**2, 3 * self.family.temporal_patch * self.family.patch**2, device=device)
         inputs = {}
         for kind, pixels, grid in MEDIA_INPUTS:
-            shown = [v for v in views if v.kind == kind]
-            blocks, grids = [patches[v] for v in shown], [v.grid for v in shown]
+            blocks, grids = [patches[v] for v in kinds[kind]], [v.grid for v in kinds[kind]]
             if kind in fillers:
                 blocks.append(grey)
                 grids.append((1, self.family.merge, self.family.merge))
@@ -56,6 +67,16 @@ class Lens:
                 inputs[pixels] = torch.cat(blocks).to(dtype)
                 inputs[grid] = torch.tensor(grids, device=device)
         return inputs
+
+    def filler(self, kind: str) -> Node:
+        """One token that nobody trains: a picture's or a video's placeholder, or (`text`) padding."""
+        ids = {"image": self.image_pad_id, "video": self.video_pad_id, "text": self.pad_id}
+        return Node(
+            parent=-1,
+            ids_T=np.array([ids[kind]]),
+            modality_T=np.array([{"text": 0, "image": 1, "video": 2}[kind]], np.int8),
+            positions_3T=np.zeros((3, 1), np.int64),
+        )
 
 
 def token_logprobs(
@@ -65,78 +86,82 @@ def token_logprobs(
     *,
     temperature: float | None = None,
     kinds: frozenset[str] = frozenset(),
-) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy of every trained token of `packs`, float32 [N] each; the entropy carries no gradient.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob and entropy of every trained token of `packs`, float32 [N] each, and a zero that hangs on the forward.
 
-    One wrapped forward, whatever the number of packs: ranks that run different numbers of forwards hang. So do ranks that
-    run different modules: a kind of media in `kinds` that no pack shows gets a filler row, with weight 0 in the result.
+    The entropy carries no gradient. One wrapped forward, whatever the number of packs: ranks that run different numbers of
+    forwards hang. So do ranks that run different modules: a kind of media in `kinds` that no pack shows gets a filler
+    token, and so does a forward without any pack; add the zero to the loss, so that their gradients, all 0, exist.
     """
-    examples = [e for p in packs for e in p.examples]
-    views = [v for e in examples for v in e.views]
+    views = {v for p in packs for n in p.nodes for v in n.views}
     fillers = sorted(kinds - {v.kind for v in views})
-    device, dtype = placement(model)
-    lengths = [len(e.ids_T) for e in examples]
-    width = max(lengths)
-    ids_BT = np.full((len(examples) + len(fillers), width), lens.pad_id, dtype=np.int64)
+    if not packs and not fillers:
+        fillers = ["text"]
+    lay = _packed if lens.sharing == "packed" else _expanded
+    inputs, rows_N, columns_N, ids_N = lay(model, packs, lens, fillers)
+    device = inputs["input_ids"].device
+    where = [torch.from_numpy(x).to(device) for x in (rows_N, columns_N, ids_N)]
+    with scoring(model, *where, lens.suppressed, lens.temperature if temperature is None else temperature):
+        scored_N2 = model(use_cache=False, **inputs).logits[0]
+    num = len(ids_N) - len(fillers)
+    return scored_N2[:num, 0], scored_N2[:num, 1].detach(), 0.0 * scored_N2[num:, 0].nan_to_num(neginf=0.0).sum()
+
+
+Layout = tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]
+
+
+def _packed(model: torch.nn.Module, packs: Sequence[Pack], lens: Lens, fillers: Sequence[str]) -> Layout:
+    """One row of all trees, fillers at its end."""
+    nodes = (*forest(packs), *map(lens.filler, fillers))
+    row = lay_out(nodes)
+    before_N, ids_N = trained(packs)
+    ends = row.stops[len(nodes) - len(fillers) :] - 1
+    before_N, ids_N = np.concatenate([before_N, ends]), np.concatenate([ids_N, np.zeros(len(fillers), np.int64)])
+    kept = np.unique(before_N)
+    inputs = row_inputs(model, row, lens, fillers) | {"logits_to_keep": torch.from_numpy(kept).to(placement(model)[0])}
+    return inputs, np.zeros(len(ids_N), np.int64), np.searchsorted(kept, before_N), ids_N
+
+
+def row_inputs(model: torch.nn.Module, row: Any, lens: Lens, fillers: Sequence[str] = ()) -> dict[str, Any]:
+    """The arguments of a public forward over one row of trees."""
+    device, _ = placement(model)
+    return {
+        "input_ids": torch.from_numpy(row.ids_T[None]).to(device),
+        "position_ids": torch.from_numpy(row.positions_3T[:, None]).to(device),
+        "mm_token_type_ids": torch.from_numpy(row.modality_T[None].astype(np.int32)).to(device),
+        "tree": Plan(row.sweeps, device),
+        **lens.media_inputs(model, row.views, fillers),
+    }
+
+
+def _expanded(model: torch.nn.Module, packs: Sequence[Pack], lens: Lens, fillers: Sequence[str]) -> Layout:
+    """A row per example, padded on the right; a filler is a row of one token."""
+    device, _ = placement(model)
+    nodes = [lens.filler(kind) for kind in fillers]
+    rows = [(e.ids_T, p.column("modality_T", i), p.column("positions_3T", i)) for p in packs for i, e in enumerate(p.examples)]
+    rows += [(n.ids_T, n.modality_T, n.positions_3T) for n in nodes]
+    marks = [np.flatnonzero(e.authors_T != WORLD) for p in packs for e in p.examples] + [np.ones(1, np.int64)] * len(nodes)
+    width = max([len(ids_T) for ids_T, _, _ in rows] + [2])
+    ids_BT = np.full((len(rows), width), lens.pad_id, dtype=np.int64)
     mask_BT = np.zeros(ids_BT.shape, dtype=np.int64)
     kinds_BT = np.zeros(ids_BT.shape, dtype=np.int32)
     positions_3BT = np.zeros((3, *ids_BT.shape), dtype=np.int64)
-    for row, kind in enumerate(fillers, len(examples)):
-        ids_BT[row, 0] = lens.image_pad_id if kind == "image" else lens.video_pad_id
-        mask_BT[row, 0], kinds_BT[row, 0] = 1, 1 if kind == "image" else 2
-    rows_N, columns_N = [], []
-    for row, (example, kinds_T, positions_3T) in enumerate(
-        zip(examples, (k for p in packs for k in p.modalities), (x for p in packs for x in p.positions), strict=True)
-    ):
-        stop = lengths[row]
-        ids_BT[row, :stop], mask_BT[row, :stop] = example.ids_T, 1
-        kinds_BT[row, :stop], positions_3BT[:, row, :stop] = kinds_T, positions_3T
-        trained = np.flatnonzero(example.authors_T != WORLD)
-        rows_N.append(np.full(len(trained), row))
-        columns_N.append(trained)
-    rows_N, columns_N = np.concatenate(rows_N), np.concatenate(columns_N)
-    first = int(columns_N.min()) - 1  # the token before the first trained one predicts it
-    ids = torch.from_numpy(ids_BT).to(device)
-    outputs = model(
-        input_ids=ids,
-        attention_mask=torch.from_numpy(mask_BT).to(device),
-        position_ids=torch.from_numpy(positions_3BT).to(device),
-        mm_token_type_ids=torch.from_numpy(kinds_BT).to(device),
-        logits_to_keep=torch.arange(first, width - 1, device=device),
-        use_cache=False,
-        **lens.media_inputs(views, device, dtype, fillers),
-    )
-    rows = torch.from_numpy(rows_N).to(device)
-    columns = torch.from_numpy(columns_N).to(device)
-    logits_NV = outputs.logits[rows, columns - 1 - first]
-    logprobs_N, entropy_N = _select(
-        logits_NV, ids[rows, columns], lens.suppressed, lens.temperature if temperature is None else temperature
-    )
-    if fillers:
-        logprobs_N = logprobs_N + 0.0 * outputs.logits[len(examples) :].float().sum()
-    return logprobs_N, entropy_N
-
-
-def policy_logits(logits: Tensor, suppressed: Sequence[int], temperature: float) -> Tensor:
-    """Logits of the distribution that is sampled and trained: float32, suppressed ids at -inf, over the temperature."""
-    logits = logits.float() / temperature
-    if suppressed:
-        ids = torch.tensor(suppressed, device=logits.device)
-        logits = logits.index_fill(-1, ids, float("-inf"))
-    return logits
-
-
-CHUNK = 1024  # rows of [N, V] held in float32 at a time, besides what autograd keeps
-
-
-def _select(logits_NV: Tensor, ids_N: Tensor, suppressed: Sequence[int], temperature: float) -> tuple[Tensor, Tensor]:
-    logprobs, entropies = [], []
-    for logits_CV, ids_C in zip(logits_NV.split(CHUNK), ids_N.split(CHUNK), strict=True):
-        full_CV = policy_logits(logits_CV, suppressed, temperature).log_softmax(-1)
-        logprobs.append(full_CV.gather(-1, ids_C[:, None])[:, 0])
-        with torch.no_grad():
-            entropies.append(-torch.special.xlogy(full_CV.exp(), full_CV.exp()).sum(-1))
-    return torch.cat(logprobs), torch.cat(entropies)
+    for b, (ids_T, kinds_T, positions_3T) in enumerate(rows):
+        stop = len(ids_T)
+        ids_BT[b, :stop], mask_BT[b, :stop] = ids_T, 1
+        kinds_BT[b, :stop], positions_3BT[:, b, :stop] = kinds_T, positions_3T
+    rows_N = np.concatenate([np.full(len(m), b) for b, m in enumerate(marks)])
+    marks_N = np.concatenate(marks)
+    first = int(marks_N.min()) - 1  # the token before the first trained one predicts it
+    inputs = {
+        "input_ids": torch.from_numpy(ids_BT).to(device),
+        "attention_mask": torch.from_numpy(mask_BT).to(device),
+        "position_ids": torch.from_numpy(positions_3BT).to(device),
+        "mm_token_type_ids": torch.from_numpy(kinds_BT).to(device),
+        "logits_to_keep": torch.arange(first, width - 1, device=device),
+        **lens.media_inputs(model, [v for p in packs for e in p.examples for v in e.views], fillers),
+    }
+    return inputs, rows_N, marks_N - 1 - first, ids_BT[rows_N, marks_N]
 
 
 def placement(model: torch.nn.Module) -> tuple[torch.device, torch.dtype]:

@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -17,7 +17,9 @@ from transformers.utils.logging import disable_progress_bar
 from rft.data.frames import FrameStore
 from rft.errors import CompatError, RecipeError
 from rft.families import Family, family_of
+from rft.hf.attention import cannot_share, install
 from rft.hf.logprobs import Lens
+from rft.hf.vision import VisionMemory, shared_level
 from rft.recipe import Lora, Phase, Recipe, Trainable
 from rft.rollout.render import Renderer
 
@@ -34,14 +36,15 @@ class LoadedModel:
     processor: Any
     family: Family
     eos_ids: tuple[int, ...]
+    sharing: Literal["packed", "expanded"] = "expanded"
 
     @property
     def tokenizer(self) -> Any:
         """The processor's tokenizer."""
         return self.processor.tokenizer
 
-    def lens(self, frames: FrameStore, temperature: float = 1.0) -> Lens:
-        """The lens of this model's forwards."""
+    def lens(self, frames: FrameStore, temperature: float = 1.0, memory: VisionMemory | None = None) -> Lens:
+        """The lens of this model's forwards. Raises nothing; `memory` must be of a tower that does not change."""
         ids = placeholder_ids(self.tokenizer, self.family)
         return Lens(
             family=self.family,
@@ -51,7 +54,21 @@ class LoadedModel:
             video_pad_id=ids[self.family.video_pad],
             suppressed=tuple(ids.values()),
             temperature=temperature,
+            sharing=self.sharing,
+            memory=memory,
         )
+
+    def memory(self, frames: FrameStore, max_bytes: int) -> VisionMemory | None:
+        """What this model's forwards may share of its vision tower's work; None where the tower learns."""
+        level = shared_level(self.model, self.family)
+        return VisionMemory(self.family, frames, level, max_bytes) if level else None
+
+    def reference_memory(self, frames: FrameStore, max_bytes: int) -> VisionMemory | None:
+        """Where the policy's tower learns, the reference's is another one and encodes for itself; its weights never change.
+
+        None under ZeRO-3: a sharded reference can be asked in its own forward only, by all ranks alike.
+        """
+        return None if is_deepspeed_zero3_enabled() else VisionMemory(self.family, frames, "features", max_bytes)
 
 
 def open_policy(path: str, recipe: Recipe, *, train: bool) -> LoadedModel:
@@ -77,7 +94,31 @@ def open_policy(path: str, recipe: Recipe, *, train: bool) -> LoadedModel:
         model = add_adapters(model, family, recipe.lora, recipe.trainable)
     if train:
         keep_updates(model)  # last: a base under adapters does not learn and stays small
-    return LoadedModel(model=model, processor=processor, family=family, eos_ids=eos_ids(base, processor.tokenizer))
+    else:
+        model.requires_grad_(False)
+    sharing, _ = sharing_of(model, recipe)
+    if recipe.attention == "sdpa":
+        install(model)
+    ids = eos_ids(base, processor.tokenizer)
+    return LoadedModel(model=model, processor=processor, family=family, eos_ids=ids, sharing=sharing)
+
+
+def sharing_of(model: Any, recipe: Recipe) -> tuple[Literal["packed", "expanded"], str]:
+    """How groups are run over, and why not packed.
+
+    Raises:
+        RecipeError: the recipe insists on packed and this model cannot.
+    """
+    if recipe.sharing == "expanded":
+        return "expanded", "the recipe says so"
+    why = cannot_share(model)
+    if recipe.attention != "sdpa":
+        why = f"attention: {recipe.attention} is the library's own"
+    elif recipe.lora and recipe.lora.dropout:
+        why = "lora.dropout draws a mask per row, and a shared prompt would have one for the whole group"
+    if why and recipe.sharing == "packed":
+        raise RecipeError("sharing", f"packed is not possible: {why}", "set sharing: auto")
+    return ("expanded", why) if why else ("packed", "")
 
 
 def load_whole(path: str, *, dtype: torch.dtype | str, attention: str) -> Any:

@@ -18,7 +18,7 @@ from rft.algo.credit import batch_std, credit
 from rft.algo.diagnostics import describe
 from rft.algo.filters import mute
 from rft.algo.losses import Columns, Normaliser
-from rft.data.pack import pack
+from rft.data.pack import pack, split
 from rft.errors import DataError
 from rft.hf.generate import ModelPolicy
 from rft.hf.logprobs import Lens, token_logprobs
@@ -53,9 +53,11 @@ class Stage:
     renderer: Renderer
     rewards: Sequence[Reward]
     lens: Lens
+    reference_lens: Lens | None = None  # of the reference model, where its vision tower is another one
     eos_ids: tuple[int, ...]
     quarantine: Quarantine
     vision_learns: bool = False
+    max_tokens_per_pass: int = 0
     rollout_log: RolloutLog | None = None
 
     @property
@@ -89,8 +91,10 @@ class Stage:
         if self.rollout_log:
             self.rollout_log.write(step, groups, examples)
         agreed = self.agree(packs, together)
+        if self.lens.memory is not None:
+            self.lens.memory.encode(model, (v for p in packs if self.teaches(p) for n in p.nodes for v in n.views))
         sampled = not self.phase.supervised
-        old = self.log_probs(model, packs, agreed.kinds) if sampled and self.phase.updates > 1 else None
+        old = self.log_probs(model, packs, agreed.kinds, together) if sampled and self.phase.updates > 1 else None
         ref = reference(packs, agreed.kinds) if sampled and self.phase.kl.weight else None
         batches = [Batch(pack=p, old_N=old and old[i], ref_N=ref and ref[i]) for i, p in enumerate(packs)]
         return batches, agreed, metrics
@@ -188,14 +192,36 @@ class Stage:
         lens = self.lens
         return pack(examples, family=lens.family, image_pad_id=lens.image_pad_id, video_pad_id=lens.video_pad_id)
 
+    def teaches(self, pack: Pack) -> bool:
+        """False when the gradient of a pack is exactly 0: no advantage differs from it, and nothing else pulls."""
+        if self.phase.supervised or self.phase.kl.weight:
+            return True
+        return any(e.weight and bool(e.advantages_T.any()) for e in pack.examples)
+
+    def passes(self, packs: Sequence[Pack], together: Together) -> list[list[Pack]]:
+        """Packs in forwards of at most `max_tokens_per_pass`, as many on every rank: what is missing is empty."""
+        limit = self.max_tokens_per_pass
+        if not limit:
+            return [list(packs)]
+        passes: list[list[Pack]] = [[]]
+        for part in (part for p in packs for part in split(p, limit)):
+            if passes[-1] and sum(p.num_tokens for p in passes[-1]) + part.num_tokens > limit:
+                passes.append([])
+            passes[-1].append(part)
+        return passes + [[]] * (together.most(len(passes)) - len(passes))
+
     @torch.no_grad()
-    def log_probs(self, model: torch.nn.Module, packs: Sequence[Pack], kinds: frozenset[str]) -> list[Tensor]:
-        """Per pack, float32 [N] on the CPU: forwards of the same size as in training."""
+    def log_probs(
+        self, model: torch.nn.Module, packs: Sequence[Pack], kinds: frozenset[str], together: Together, lens: Lens | None = None
+    ) -> list[Tensor]:
+        """Per pack, float32 [N] on the CPU, empty where it teaches nothing: forwards of the same size as in training."""
         size, out = self.phase.groups_per_device, []
         for start in range(0, len(packs), size):
             chunk = packs[start : start + size]
-            logprobs_N, _ = token_logprobs(model, chunk, self.lens, kinds=kinds)
-            out += logprobs_N.cpu().split([p.num_trained for p in chunk])
+            teaching = [p for p in chunk if self.teaches(p)]
+            parts = [token_logprobs(model, one, lens or self.lens, kinds=kinds)[0] for one in self.passes(teaching, together)]
+            sizes = [p.num_trained if self.teaches(p) else 0 for p in chunk]
+            out += torch.cat(parts).cpu().split(sizes)
         return out
 
     def agree(self, packs: Sequence[Pack], together: Together) -> Agreement:
@@ -207,39 +233,55 @@ class Stage:
         for news in together.gather(self.quarantine.news()):
             self.quarantine.hear(news)
         examples = [e for p in packs for e in p.examples]
-        tokens = sum(int((e.authors_T != WORLD).sum()) for e in examples if e.weight)
+        tokens = sum(map(_kept, packs))
+        seen = sum(_kept(p) for p in packs if self.teaches(p))
         forwards = -(-len(packs) // self.phase.groups_per_device)
-        rows, tokens, forwards = together.total([len(examples), tokens, forwards])
-        kinds = together.union({v.kind for e in examples for v in e.views})
+        rows, tokens, seen, forwards = together.total([len(examples), tokens, seen, forwards])
+        kinds = together.union({v.kind for p in packs if self.teaches(p) for n in p.nodes for v in n.views})
         if self.vision_learns:
             kinds = kinds or {"image"}
         limit = self.phase.sampling.max_tokens
-        normaliser = Normaliser(rows=rows, tokens=tokens, forwards=forwards, max_tokens=limit)
+        normaliser = Normaliser(rows=rows, tokens=tokens, seen=seen, forwards=forwards, max_tokens=limit)
         return Agreement(normaliser=normaliser, kinds=frozenset(kinds))
 
-    def loss(self, model: torch.nn.Module, batches: Sequence[Batch], agreed: Agreement) -> tuple[Tensor, dict[str, float]]:
-        """The share of the step's loss that these batches carry: summed over all forwards and ranks it is the loss."""
+    def loss(
+        self, model: torch.nn.Module, batches: Sequence[Batch], agreed: Agreement, together: Together
+    ) -> tuple[Tensor, dict[str, float]]:
+        """The share of the step's loss that these batches carry: summed over all forwards and ranks it is the loss.
+
+        Groups without signal are not run over; a rank that has no other takes part with a forward that weighs nothing.
+        """
         normaliser = agreed.normaliser
         phase = self.phase
-        logprobs_N, entropy_N = token_logprobs(
-            model,
-            [b.pack for b in batches],
-            self.lens,
-            temperature=1.0 if phase.supervised else None,
-            kinds=agreed.kinds,
-        )
+        temperature = 1.0 if phase.supervised else None
+        batches = [b for b in batches if self.teaches(b.pack)]
+        parts = [
+            token_logprobs(model, packs, self.lens, temperature=temperature, kinds=agreed.kinds)
+            for packs in self.passes([b.pack for b in batches], together)
+        ]
+        logprobs_N, entropy_N = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+        nothing = sum(part[2] for part in parts)
         columns = columns_of(batches, logprobs_N)
         kept_N = columns.weight_R[columns.row_N]
         loss, sums = OBJECTIVES[phase.objective](
-            columns, normaliser, clip_low=phase.clip.low, clip_high=phase.clip.high, kl=phase.kl
+            columns,
+            normaliser,
+            clip_low=phase.clip.low,
+            clip_high=phase.clip.high,
+            kl=phase.kl,
+            importance_cap=phase.importance_cap,
         )
         metrics = {name: float(value) for name, value in sums.items()}
-        metrics["entropy"] = float((entropy_N * kept_N).sum()) / max(normaliser.tokens, 1.0)
+        metrics["entropy"] = float((entropy_N * kept_N).sum()) / max(normaliser.seen, 1.0)
         if not phase.supervised:
-            sampler_N = torch.from_numpy(_trained(batches, "sampler_T")).to(logprobs_N.device)
-            gap_N = (logprobs_N.detach() - sampler_N).abs()
-            metrics["sampler_gap"] = float((gap_N.nan_to_num() * kept_N).sum()) / max(normaliser.tokens, 1.0)
-        return loss, metrics
+            gap_N = (logprobs_N.detach() - columns.sampler_N).abs()
+            metrics["sampler_gap"] = float((gap_N.nan_to_num() * kept_N).sum()) / max(normaliser.seen, 1.0)
+        return loss + nothing, metrics
+
+
+def _kept(pack: Pack) -> int:
+    """Trained tokens of the rows that are not left out."""
+    return sum(int((e.authors_T != WORLD).sum()) for e in pack.examples if e.weight)
 
 
 def columns_of(batches: Sequence[Batch], logprobs_N: Tensor) -> Columns:
@@ -249,18 +291,20 @@ def columns_of(batches: Sequence[Batch], logprobs_N: Tensor) -> Columns:
     lengths = [int((e.authors_T != WORLD).sum()) for e in examples]
 
     def known(name: str) -> Tensor | None:
-        values = [getattr(b, name) for b in batches]
-        return None if values[0] is None else torch.cat(values).to(device)
+        values = [value for b in batches if (value := getattr(b, name)) is not None]
+        return torch.cat(values).to(device) if values else None
 
     return Columns(
         logprobs_N=logprobs_N,
         advantages_N=torch.from_numpy(_trained(batches, "advantages_T")).to(device),
-        row_N=torch.repeat_interleave(torch.tensor(lengths)).to(device),
-        weight_R=torch.tensor([e.weight for e in examples], device=device),
+        row_N=torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64)).to(device),
+        weight_R=torch.tensor([e.weight for e in examples], dtype=torch.float32, device=device),
         old_N=known("old_N"),
         ref_N=known("ref_N"),
+        sampler_N=torch.from_numpy(_trained(batches, "sampler_T")).to(device),
     )
 
 
 def _trained(batches: Sequence[Batch], column: str) -> np.ndarray:
-    return np.concatenate([getattr(e, column)[e.authors_T != WORLD] for b in batches for e in b.pack.examples])
+    parts = [getattr(e, column)[e.authors_T != WORLD] for b in batches for e in b.pack.examples]
+    return np.concatenate([*parts, np.zeros(0, np.float32)])

@@ -51,6 +51,10 @@ class Together:
         """True when any rank says so."""
         return any(self.gather(value))
 
+    def most(self, value: int) -> int:
+        """The largest value of any rank."""
+        return max(self.gather(value))
+
     def union(self, values: set[str]) -> set[str]:
         """What any rank has."""
         return set().union(*self.gather(values))

@@ -14,9 +14,12 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
 
 from rft.errors import RolloutError
+from rft.hf.attention import install
 from rft.hf.compat import reload_weights
+from rft.hf.head import plain
 from rft.hf.models import LoadedModel
 from rft.hf.nonfinite import Guard
+from rft.hf.sharded import gathered
 from rft.hf.step import Stage
 from rft.hf.together import Together
 from rft.types import Batch, Pack
@@ -34,21 +37,24 @@ class GroupTrainer(GRPOTrainer):
         together: Together,
         guard: Guard,
         evaluate: Callable[[torch.nn.Module], dict[str, float]] | None = None,
+        ahead: Callable[[Sequence[int]], None] | None = None,
         callbacks: Sequence[Any] = (),
     ) -> None:
-        self.stage, self.together, self.guard, self._evaluate = stage, together, guard, evaluate
+        self.stage, self.together, self.guard, self._evaluate, self._ahead = stage, together, guard, evaluate, ahead
         self._sums: dict[str, float] = {}
         least = args.generation_batch_size // args.num_generations
         copies = -(-least // len(stage.samples))  # TRL drops what does not fill a generation batch
-        rows = [{"sample": i, "prompt": ""} for i in range(len(stage.samples))] * copies
+        rows = Dataset.from_list([{"sample": i, "prompt": ""} for i in range(len(stage.samples))] * copies)
         super().__init__(
             model=policy.model,
             reward_funcs=[_never_called],
             args=args,
-            train_dataset=Dataset.from_list(rows),
+            train_dataset=rows.with_transform(self._met) if ahead else rows,
             processing_class=policy.processor,
             callbacks=list(callbacks),
         )
+        if self.ref_model is not None and stage.lens.sharing == "packed":
+            install(self.accelerator.unwrap_model(self.ref_model))
         self.remove_callback(PrinterCallback)  # `metrics.jsonl` has every number
         args.ddp_find_unused_parameters = False  # TRL turns it on for every VLM; it breaks a second forward
 
@@ -75,7 +81,7 @@ class GroupTrainer(GRPOTrainer):
         if not batches:
             what = "TRL split the batch below one group: a bug, report it"
             raise RolloutError("loss", "a micro-step without groups", what)
-        loss, sums = self.stage.loss(model, batches, inputs["agreed"][0])
+        loss, sums = self.stage.loss(model, batches, inputs["agreed"][0], self.together)
         self.guard.see(batches, loss, self.state.global_step)
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
@@ -84,6 +90,11 @@ class GroupTrainer(GRPOTrainer):
                 self._metrics["train"][name].append(value)
             self._sums = {}
         return loss * self.together.size  # DDP and ZeRO average over ranks; the normaliser already spans them
+
+    def _met(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        """The loader is one generation ahead of the training: what it meets is decoded meanwhile."""
+        self._ahead(list(dict.fromkeys(rows["sample"])))
+        return rows
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not reload_weights(model or self.model, resume_from_checkpoint):
@@ -98,9 +109,13 @@ class GroupTrainer(GRPOTrainer):
     def at_rest(self) -> Iterator[torch.nn.Module]:
         """The plain model in eval mode, gathered and without checkpointing; training mode comes back afterwards."""
         checkpointing = self.args.gradient_checkpointing_kwargs
-        with unwrap_model_for_generation(
-            self.model_wrapped, self.accelerator, gradient_checkpointing_kwargs=checkpointing
-        ) as model:
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped, self.accelerator, gradient_checkpointing_kwargs=checkpointing
+            ) as model,
+            gathered(model),
+            self.accelerator.autocast(),
+        ):
             was_training = model.training
             model.eval()
             try:
@@ -111,10 +126,17 @@ class GroupTrainer(GRPOTrainer):
     def _reference(self, packs: Sequence[Pack], kinds: frozenset[str]) -> list[Tensor]:
         """Log-probs under the phase's start: a frozen copy, or the model without its adapter."""
         if self.ref_model is not None:
-            return self.stage.log_probs(self.ref_model, packs, kinds)
+            return self._from(self.ref_model, packs, kinds)
         model = self.accelerator.unwrap_model(self.model)
         with model.disable_adapter():
-            return self.stage.log_probs(model, packs, kinds)
+            return self._from(model, packs, kinds)
+
+    def _from(self, model: Any, packs: Sequence[Pack], kinds: frozenset[str]) -> list[Tensor]:
+        """Where the tower learns, the reference's own tower has a memory of its own: its weights never change."""
+        lens = self.stage.reference_lens or self.stage.lens
+        if lens.memory is not None and lens is not self.stage.lens:
+            lens.memory.encode(plain(model), (v for p in packs for n in p.nodes for v in n.views))
+        return self.stage.log_probs(model, packs, kinds, self.together, lens)
 
 
 def _never_called(**_: Any) -> list[float]:

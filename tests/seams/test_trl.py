@@ -215,11 +215,11 @@ def test_blindness(family: str, tiny_folders: dict[str, Path], world: Path, tmp_
         prompts = [Context(segments=(stage.renderer.prompt(s),), key=0) for s in stage.samples[:2]]
         replies = ModelPolicy(model, stage.lens, policy.eos_ids).extend(prompts, Limits(max_tokens=1, temperature=0))
         model.zero_grad()
-        loss, _ = stage.loss(model, batches, agreed)
+        loss, _ = stage.loss(model, batches, agreed, Together())
         loss.backward()
         return {
             "rollout": torch.tensor([r.logprobs[0] for r in replies]),
-            "old": torch.cat(stage.log_probs(model, packs, agreed.kinds)),
+            "old": torch.cat(stage.log_probs(model, packs, agreed.kinds, Together())),
             "reference": torch.cat(trainer._reference(packs, agreed.kinds)),
             "training": token_logprobs(model, packs, stage.lens)[0].detach(),
             "gradient": flat_gradient(model),

@@ -14,7 +14,7 @@ from rft.algo.losses import KL, Columns, Normaliser, k3, token_weights
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "tempsamp_vectors.json").read_text())
 ROWS = torch.tensor([0, 1, 1, 1])
-NORM = Normaliser(rows=2, tokens=4, forwards=1, max_tokens=5)
+NORM = Normaliser(rows=2, tokens=4, seen=4, forwards=1, max_tokens=5)
 
 
 def columns(logprobs: list[float], advantages: list[float], **more: object) -> Columns:
@@ -37,14 +37,14 @@ def columns(logprobs: list[float], advantages: list[float], **more: object) -> C
     ],
 )
 def test_token_weights(aggregation: str, weights: list[float]) -> None:
-    step = Normaliser(rows=4, tokens=10, forwards=2, max_tokens=5)
+    step = Normaliser(rows=4, tokens=10, seen=10, forwards=2, max_tokens=5)
     assert token_weights(columns([0.0] * 4, [0.0] * 4), step, aggregation).tolist() == pytest.approx(weights)
 
 
 def test_a_row_left_out_has_no_weight_and_keeps_its_place_in_the_mean() -> None:
     left = columns([0.0] * 4, [0.0] * 4, weight_R=torch.tensor([1.0, 0.0], dtype=torch.float64))
     assert token_weights(left, NORM, "grpo").tolist() == [0.5, 0, 0, 0]
-    assert token_weights(left, Normaliser(rows=2, tokens=1, forwards=1, max_tokens=5), "dapo").tolist() == [1, 0, 0, 0]
+    assert token_weights(left, Normaliser(rows=2, tokens=1, seen=1, forwards=1, max_tokens=5), "dapo").tolist() == [1, 0, 0, 0]
 
 
 def test_nll_is_the_mean_over_tokens() -> None:
@@ -110,7 +110,7 @@ def test_golden_policy_loss() -> None:
     logp = g["on_logp"] + g["off_logp"]
     rows = torch.tensor([0] * len(g["on_logp"]) + [1] * len(g["off_logp"]))
     advantages = [g["A_on"]] * len(g["on_logp"]) + [g["A_off"]] * len(g["off_logp"])
-    norm = Normaliser(rows=2, tokens=len(logp), forwards=1, max_tokens=9)
+    norm = Normaliser(rows=2, tokens=len(logp), seen=len(logp), forwards=1, max_tokens=9)
     stale = torch.tensor(g["on_logp"] + g["off_old_logp"], dtype=torch.float64)
     for name, old in zip(g["variants"], (None, stale)):
         c = Columns(
