@@ -107,7 +107,13 @@ def train(name: str, sets: Sequence[str] = (), output: str | None = None) -> dic
     labels = {"random": "random", "best_constant": "best constant", "final": f"after {last}"}
     run.say("\n" + table({labels.get(name, f"after {name}"): metrics for name, metrics in summary.items()}))
     run.say(f"\n{recipe.name}: {time.time() - started:.0f} s, everything is in {folder}")
-    run.note(status="finished", phase=last, reason="all phases done", quarantined=len(run.quarantine))
+    frames = {
+        "decoded_here": run.frames.misses,
+        "found": run.frames.hits,
+        "rebuilt": run.frames.rebuilt,
+        "decoders_replaced": run.prefetcher.restarts if run.prefetcher else 0,
+    }
+    run.note(status="finished", phase=last, reason="all phases done", quarantined=len(run.quarantine), frames=frames)
     return summary
 
 

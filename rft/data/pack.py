@@ -15,7 +15,7 @@ from rft.types import WORLD, Example, Node, Pack, View
 
 
 def pack(examples: Sequence[Example], *, family: Family, image_pad_id: int, video_pad_id: int) -> Pack:
-    """The prefix tree of one group's examples. Branches part where an author begins, never inside what one author wrote.
+    """The prefix tree of one group's examples. Branches part where the world begins or ends, never inside an answer.
 
     Raises:
         RolloutError: an example's placeholders and its views disagree.

@@ -74,11 +74,11 @@ class _Ragged:
     def flat(self, x_BHLD: Tensor) -> Tensor:
         return x_BHLD.transpose(0, 1).flatten(1, 2).index_select(1, self.places)
 
-    def silence(self, x_BHLD: Tensor) -> Tensor:
-        """Zeros where there is padding."""
-        keep = torch.zeros(len(self.padded), dtype=x_BHLD.dtype, device=x_BHLD.device)
-        keep[self.places] = 1
-        return x_BHLD * keep.view(self.shape[0], 1, self.shape[1], 1)
+    def silence(self, lse_BHL: Tensor) -> Tensor:
+        """Infinity where there is padding: its weights are exp(score - infinity) = 0, however loud the scores."""
+        padding = torch.ones(self.shape, dtype=torch.bool, device=lse_BHL.device)
+        padding.view(-1)[self.places] = False
+        return lse_BHL.masked_fill(padding[:, None], float("inf"))
 
 
 def _where(stretches_S2: np.ndarray, device: torch.device) -> _Even | _Ragged:
@@ -171,9 +171,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_HTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, plan: Plan, scale: float) -> Tensor:
         parts = varlen_parts if takes_varlen(q_HTD) else dense_parts
-        out_THD = q_HTD.new_empty(q_HTD.transpose(0, 1).shape, dtype=torch.float32 if len(plan.sweeps) > 1 else None)
+        exact = torch.float64 if q_HTD.dtype == torch.float64 else torch.float32
+        out_THD = q_HTD.new_empty(q_HTD.transpose(0, 1).shape, dtype=exact if len(plan.sweeps) > 1 else None)
         out_HTD = out_THD.transpose(0, 1)
-        lse_HT1 = q_HTD.new_empty((*q_HTD.shape[:2], 1), dtype=torch.float64 if q_HTD.dtype == torch.float64 else torch.float32)
+        lse_HT1 = q_HTD.new_empty((*q_HTD.shape[:2], 1), dtype=exact)
         for first, where, part_HnD, lse_Hn1 in parts(q_HTD, k_HTD, v_HTD, plan, scale):
             if first:
                 where.write(out_HTD, part_HnD.to(out_HTD.dtype))
@@ -246,16 +247,16 @@ def dense_gradients(
     """(where queries, where keys, dq, dk, dv) of every dense call."""
     for calls in plan.calls:
         for call in calls:
-            grad_BHLD, out_BHLD = call.queries.take(grad_HTD), call.queries.take(out_HTD)
+            lse_BHL = call.queries.take(lse_HT1)[..., 0]
             if isinstance(call.queries, _Ragged):
-                grad_BHLD, out_BHLD = call.queries.silence(grad_BHLD), call.queries.silence(out_BHLD)
+                lse_BHL = call.queries.silence(lse_BHL)
             dq, dk, dv = dense_backward(
-                grad_BHLD,
+                call.queries.take(grad_HTD),
                 call.queries.take(q_HTD),
                 call.keys.take(k_HTD),
                 call.keys.take(v_HTD),
-                out_BHLD,
-                call.queries.take(lse_HT1)[..., 0],
+                call.queries.take(out_HTD),
+                lse_BHL,
                 call.causal,
                 scale,
             )

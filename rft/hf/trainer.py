@@ -44,17 +44,19 @@ class GroupTrainer(GRPOTrainer):
         self._sums: dict[str, float] = {}
         least = args.generation_batch_size // args.num_generations
         copies = -(-least // len(stage.samples))  # TRL drops what does not fill a generation batch
-        rows = Dataset.from_list([{"sample": i, "prompt": ""} for i in range(len(stage.samples))] * copies)
+        rows = [{"sample": i, "prompt": ""} for i in range(len(stage.samples))] * copies
         super().__init__(
             model=policy.model,
             reward_funcs=[_never_called],
             args=args,
-            train_dataset=rows.with_transform(self._met) if ahead else rows,
+            train_dataset=Dataset.from_list(rows),
             processing_class=policy.processor,
             callbacks=list(callbacks),
         )
         if self.ref_model is not None and stage.lens.sharing == "packed":
             install(self.accelerator.unwrap_model(self.ref_model))
+        if ahead:
+            self.data_collator = self._met
         self.remove_callback(PrinterCallback)  # `metrics.jsonl` has every number
         args.ddp_find_unused_parameters = False  # TRL turns it on for every VLM; it breaks a second forward
 
@@ -91,9 +93,9 @@ class GroupTrainer(GRPOTrainer):
             self._sums = {}
         return loss * self.together.size  # DDP and ZeRO average over ranks; the normaliser already spans them
 
-    def _met(self, rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    def _met(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The loader is one generation ahead of the training: what it meets is decoded meanwhile."""
-        self._ahead(list(dict.fromkeys(rows["sample"])))
+        self._ahead(list(dict.fromkeys(row["sample"] for row in rows)))
         return rows
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
