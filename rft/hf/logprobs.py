@@ -86,12 +86,12 @@ def token_logprobs(
     *,
     temperature: float | None = None,
     kinds: frozenset[str] = frozenset(),
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob and entropy of every trained token of `packs`, float32 [N] each, and a zero that hangs on the forward.
+) -> tuple[Tensor, Tensor]:
+    """Log-prob and entropy of every trained token of `packs`, float32 [N] each; the entropy carries no gradient.
 
-    The entropy carries no gradient. One wrapped forward, whatever the number of packs: ranks that run different numbers of
-    forwards hang. So do ranks that run different modules: a kind of media in `kinds` that no pack shows gets a filler
-    token, and so does a forward without any pack; add the zero to the loss, so that their gradients, all 0, exist.
+    One wrapped forward, whatever the number of packs: ranks that run different numbers of forwards hang. So do ranks that
+    run different modules: a kind of media in `kinds` that no pack shows gets a filler token, and so does a forward without
+    any pack. What is returned is a slice of what the forward made, empty or not: its backward reaches every module.
     """
     views = {v for p in packs for n in p.nodes for v in n.views}
     fillers = sorted(kinds - {v.kind for v in views})
@@ -104,7 +104,7 @@ def token_logprobs(
     with scoring(model, *where, lens.suppressed, lens.temperature if temperature is None else temperature):
         scored_N2 = model(use_cache=False, **inputs).logits[0]
     num = len(ids_N) - len(fillers)
-    return scored_N2[:num, 0], scored_N2[:num, 1].detach(), 0.0 * scored_N2[num:, 0].nan_to_num(neginf=0.0).sum()
+    return scored_N2[:num, 0], scored_N2[:num, 1].detach()
 
 
 Layout = tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]

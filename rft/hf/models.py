@@ -63,12 +63,9 @@ class LoadedModel:
         level = shared_level(self.model, self.family)
         return VisionMemory(self.family, frames, level, max_bytes) if level else None
 
-    def reference_memory(self, frames: FrameStore, max_bytes: int) -> VisionMemory | None:
-        """Where the policy's tower learns, the reference's is another one and encodes for itself; its weights never change.
-
-        None under ZeRO-3: a sharded reference can be asked in its own forward only, by all ranks alike.
-        """
-        return None if is_deepspeed_zero3_enabled() else VisionMemory(self.family, frames, "features", max_bytes)
+    def reference_memory(self, frames: FrameStore, max_bytes: int) -> VisionMemory:
+        """Where the policy's tower learns, the reference's is another one and encodes for itself; its weights never change."""
+        return VisionMemory(self.family, frames, "features", max_bytes)
 
 
 def open_policy(path: str, recipe: Recipe, *, train: bool) -> LoadedModel:

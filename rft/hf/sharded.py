@@ -16,6 +16,8 @@ def gathered(model: torch.nn.Module) -> Iterator[None]:
     A rollout needs that: ranks decode different numbers of tokens, and one that gathers alone waits for ever. ZeRO-3 has
     its own way (TRL's `unwrap_model_for_generation`); a model that is not sharded stays as it is.
     """
+    if isinstance(model, FSDPModule):
+        model._get_fsdp_state()._lazy_init()  # root first, or a part that is asked alone takes itself for the root
     shards = [m for m in model.modules() if isinstance(m, FSDPModule)]
     for shard in shards:
         shard.unshard()

@@ -259,8 +259,7 @@ class Stage:
             token_logprobs(model, packs, self.lens, temperature=temperature, kinds=agreed.kinds)
             for packs in self.passes([b.pack for b in batches], together)
         ]
-        logprobs_N, entropy_N = (torch.cat([part[i] for part in parts]) for i in (0, 1))
-        nothing = sum(part[2] for part in parts)
+        logprobs_N, entropy_N = (torch.cat(column) for column in zip(*parts, strict=True))
         columns = columns_of(batches, logprobs_N)
         kept_N = columns.weight_R[columns.row_N]
         loss, sums = OBJECTIVES[phase.objective](
@@ -276,7 +275,7 @@ class Stage:
         if not phase.supervised:
             gap_N = (logprobs_N.detach() - columns.sampler_N).abs()
             metrics["sampler_gap"] = float((gap_N.nan_to_num() * kept_N).sum()) / max(normaliser.seen, 1.0)
-        return loss + nothing, metrics
+        return loss, metrics
 
 
 def _kept(pack: Pack) -> int:

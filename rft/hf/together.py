@@ -22,6 +22,10 @@ class Together:
         """Start the process group of this launch, where it has several processes. Raises what `check_launch` raises."""
         check_launch()
         PartialState(cpu=not torch.cuda.is_available())
+        if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and not torch.cuda.is_available():
+            from deepspeed.comm import init_distributed
+
+            init_distributed(dist_backend="gloo")  # accelerate does so on GPUs; a reference is sharded before any engine starts
         return cls()
 
     @property

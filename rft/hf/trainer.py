@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import PrinterCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
 
@@ -53,6 +55,9 @@ class GroupTrainer(GRPOTrainer):
             processing_class=policy.processor,
             callbacks=list(callbacks),
         )
+        if is_deepspeed_zero3_enabled() or self.accelerator.is_fsdp2:
+            # a sharded reference answers in its own forward only, on all ranks alike
+            self.stage = replace(stage, reference_lens=None)
         if self.ref_model is not None and stage.lens.sharing == "packed":
             install(self.accelerator.unwrap_model(self.ref_model))
         if ahead:

@@ -35,7 +35,7 @@ def test_sampler_and_training_log_probs_agree(family: str, tiny_folders: dict[st
     policy = opened(tiny_folders[family], phase)
     stage = stage_of(policy, phase, world)
     batches, _, _ = stage.step([0, 1, 2], model=policy.model, reference=None, step=0, together=Together())
-    logprobs_N, _, _ = token_logprobs(policy.model, [b.pack for b in batches], stage.lens)
+    logprobs_N, _ = token_logprobs(policy.model, [b.pack for b in batches], stage.lens)
     sampler_N = np.concatenate([e.sampler_T[e.authors_T != 0] for b in batches for e in b.pack.examples])
     assert np.abs(logprobs_N.detach().numpy() - sampler_N).max() < 1e-4
 

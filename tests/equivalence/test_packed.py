@@ -87,9 +87,9 @@ def expanded(lens: Lens) -> Lens:
 def run(model: Any, packs: Sequence[Pack], lens: Lens, kinds: frozenset[str] = frozenset()) -> Run:
     """Forward and backward of a loss that every token moves in its own way."""
     model.zero_grad()
-    logprobs_N, entropy_N, nothing = token_logprobs(model, packs, lens, kinds=kinds)
+    logprobs_N, entropy_N = token_logprobs(model, packs, lens, kinds=kinds)
     weights_N = torch.sin(1 + 1.7 * torch.arange(len(logprobs_N)))
-    loss = (logprobs_N * weights_N).mean() + nothing
+    loss = (logprobs_N * weights_N).mean()
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     return Run(logprobs_N=logprobs_N.detach(), entropy_N=entropy_N, loss=loss.detach(), gradients=gradients)
