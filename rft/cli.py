@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from rft import data_cli
 from rft.errors import RecipeError, RftError
 
 
@@ -54,6 +55,17 @@ def parser() -> argparse.ArgumentParser:
         "--samples", type=_count, default=64, help="rows of a split whose media are opened (default 64, 0 is all)"
     )
     command("show", _show, "Print a recipe resolved, with the origin of every value that is set.")
+    bench = command("bench", _bench, "Measure what sharing a prompt is worth: the same work by several arms.", recipe=False)
+    bench.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    bench.add_argument("--model", default="tiny", help="tiny, qwen2.5-vl-3b, qwen2.5-vl-7b or qwen3-vl-8b; random weights")
+    bench.add_argument("--frames", type=_number, help="frames of the video; default: the model's")
+    bench.add_argument("--group", type=_number, default=8, help="completions of the prompt (default 8)")
+    bench.add_argument("--completion", type=_number, help="tokens of a completion; default: the model's")
+    bench.add_argument("--ragged", action="store_true", help="draw lengths between half of that and all of it")
+    bench.add_argument("--repeats", type=_number, help="rounds of all arms (default 2, 5 on cuda)")
+    bench.add_argument("--arms", default="", metavar="A,B", help="only these; default: all but expanded-fair")
+    bench.add_argument("--sweep", action="store_true", help="also the speed-up over the group size and over P / C")
+    bench.add_argument("--output", default="bench.json", metavar="FILE.json", help="FILE.png goes beside it")
     export = command("export", _export, "Write a checkpoint as a plain model folder.", recipe=False)
     export.add_argument("checkpoint", help="a checkpoint folder")
     export.add_argument("output", help="the folder to write")
@@ -61,12 +73,19 @@ def parser() -> argparse.ArgumentParser:
     copy = command("cp", _copy, "Copy a shipped file here, to edit it.", recipe=False)
     copy.add_argument("name", help="e.g. rewards/grounding.py or recipes/quickstart.yaml")
     copy.add_argument("target", help="a folder or a file name")
+    data_cli.add(commands)
     return top
 
 
 def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of rows")
+    return int(text)
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
     return int(text)
 
 
@@ -86,6 +105,23 @@ def _check(options: argparse.Namespace) -> int:
     from rft.check import check
 
     return check(options.recipe, options.sets, num_samples=options.samples)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from rft.bench.main import bench
+
+    bench(
+        Path(options.output),
+        device=options.device,
+        model=options.model,
+        frames=options.frames,
+        group=options.group,
+        completion=options.completion,
+        ragged=options.ragged,
+        repeats=options.repeats,
+        arms=[name for name in options.arms.split(",") if name],
+        scaling=options.sweep,
+    )
 
 
 def _show(options: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container
-from math import isfinite
+from math import ceil, isfinite
 
 _DECIMAL = r"[0-9]++(?:\.[0-9]++)?+"
 
@@ -37,6 +37,12 @@ _FENCED = re.compile(r"```[a-z]*+\s([^`]*+)```")
 
 _FOUR = r"\s*+,\s*+".join([f"-?+{_DECIMAL}"] * 4)
 _BOX = re.compile(rf"\[\s*+{_FOUR}\s*+\]|\(\s*+{_FOUR}\s*+\)")
+
+_LIST = rf"({_DECIMAL}(?:\s*+,\s*+(?:and\s++)?+{_DECIMAL}|\s++and\s++{_DECIMAL})*+)"
+_HIGHLIGHTS = re.compile(
+    rf"the\s++highlight\s++timestamps\s++are\s++in\s++the\s++{_LIST}\s++seconds?\."
+    rf"\s++their\s++saliency\s++scores\s++are\s++{_LIST}\s*+\.?+"
+)
 
 # "A man" and "I think" are English; "A is right" and "A or B" speak of an option.
 _ENGLISH = r"\s++(?!(?:or|and|is|because)\b)\w"
@@ -89,6 +95,23 @@ def time_spans(text: str | None) -> list[tuple[float, float]] | None:
         text = fenced[1].strip()
     numbers = [float(number) for number in re.findall(_DECIMAL, text)] if _SPANS.fullmatch(text) else [float("nan")]
     return list(zip(numbers[::2], numbers[1::2])) if all(map(isfinite, numbers)) else None
+
+
+def highlights(text: str | None, grid: float = 2.0) -> list[tuple[float, float]] | None:
+    """(second, saliency) pairs, in the order given, from a text that is these two sentences and nothing else.
+
+    `The highlight timestamps are in the 82, 84 seconds. Their saliency scores are 1.3, 1.7` (words in any case, "and" before
+    the last, a full stop at the end or none). Every second is moved to the nearest multiple of `grid`, the middle between
+    two to the earlier, so that 82 and 83 both name the clip from 82 to 84; two that meet there stay two. Lists of different
+    lengths, signs, and anything that is not finite give None.
+    """
+    found = _HIGHLIGHTS.fullmatch((text or "").strip().lower())
+    if not found:
+        return None
+    seconds, scores = ([float(number) for number in re.findall(_DECIMAL, part)] for part in found.groups())
+    if len(seconds) != len(scores) or not all(map(isfinite, (*seconds, *scores))):
+        return None
+    return [(grid * ceil(second / grid - 0.5), score) for second, score in zip(seconds, scores)]
 
 
 def boxes(text: str | None) -> list[tuple[float, float, float, float]] | None:

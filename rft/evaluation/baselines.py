@@ -71,7 +71,7 @@ def _by_kind(samples: Sequence[Sample]) -> dict[tuple[str, ...], list[Sample]]:
 
 
 def _main(metrics: Mapping[str, float]) -> float:
-    return next(metrics[name] for name in ("miou", "box_iou", "accuracy", "format") if name in metrics)
+    return next(metrics[name] for name in ("miou", "box_iou", "accuracy", "hl_map", "mr_map", "format") if name in metrics)
 
 
 def _duration(sample: Sample) -> float:

@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 PANELS = (
-    ("validation", ("validation/miou", "validation/accuracy", "validation/box_iou")),
+    ("validation", ("validation/miou", "validation/accuracy", "validation/box_iou", "validation/hl_map")),
     ("reward", ("reward",)),
     ("loss", ("nll", "kl", "loss")),
     ("groups without signal", ("muted",)),

@@ -11,21 +11,28 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+from rft.data.importers import IMPORTERS, import_annotations
 from rft.evaluate import evaluate
 from rft.families import FAMILIES
 from rft.hf.architectures import ARCHITECTURES, on_meta
 from rft.hf.models import freeze, part_of
 from rft.recipe import load
 from rft.train import main, train
+from tests.videos import spaced, write_video
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name != "_base")
+PUBLISHED = {
+    "charades_sta": ("charades_sta_train.sample.json", ("P1EK9", "HMSM8")),
+    "activitynet": ("activitynet_captions_train.sample.json", ("v_fynO9wmckLA", "v_nKnsvy7-wAI")),
+    "qvhighlights": ("qvhighlights_train.sample.jsonl", ("synth000000_0.0_150.0", "synth000001_60.0_210.0")),
+}  # annotations of tests/data, and the videos that are stood in for
 SHORT = {"steps": 2, "groups_per_step": 2, "groups_per_device": 1, "group_size": 2, "check_every": 1}
 
 
 def shortened(recipe: str, rows: Path | None) -> list[str]:
     """Overrides that keep everything but the amount of work."""
-    sets = ["model=tiny", "evaluation.max_samples=2"]
+    sets = ["model=tiny", "evaluation.max_samples=2", "evaluation.max_tokens=16"]
     for name, phase in load(str(ROOT / recipe)).recipe.phases.items():
         short = {**SHORT, "group_size": 1} if phase.supervised else SHORT
         sets += [f"phases.{name}.{key}={value}" for key, value in short.items()]
@@ -51,7 +58,13 @@ def stand_ins(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     choices = [{**c, "options": ["yes", "no"], "answer": {"choice": "A"}} for c in clips]
     for name, rows in (("grounding", clips), ("choice", choices), ("detection", pictures)):
         (root / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return {name: root / f"{name}.jsonl" for name in ("grounding", "choice", "detection")}
+    film = write_video(root / "film.mp4", spaced(1, 151))
+    for name, (published, videos) in PUBLISHED.items():
+        (root / name).mkdir()
+        for video in videos:
+            (root / name / f"{video}.mp4").symlink_to(film)
+        import_annotations(name, ROOT / "tests" / "data" / published, root / name, root / f"{name}.jsonl")
+    return {name: root / f"{name}.jsonl" for name in ("grounding", "choice", "detection", *IMPORTERS)}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
