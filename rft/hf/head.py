@@ -54,8 +54,8 @@ def scoring(
         logits_CV = policy_logits(linear(hidden_Ch, head.weight, head.bias), suppressed, temperature)
         full_CV = logits_CV.log_softmax(-1)
         with torch.no_grad():
-            probs_CV = full_CV.exp()
-            entropy_C = -torch.special.xlogy(probs_CV, probs_CV).sum(-1)
+            # what is suppressed has probability 0 and log-prob -inf, and counts for nothing
+            entropy_C = -(full_CV.exp() * full_CV.clamp(min=torch.finfo(full_CV.dtype).min)).sum(-1)
         return torch.stack([full_CV.gather(-1, ids_C[:, None])[:, 0], entropy_C], dim=-1)
 
     head.forward = forward

@@ -12,93 +12,15 @@ fewer: grouped queries), `T` tokens of the row, `D` head size, `B` stretches of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from rft.data.pack import Sweep
+from rft.hf.stretches import Call, Even, Lengths, Ragged, Rows, bundles_of, where_of
 
 aten = torch.ops.aten
-LONG = 512  # from here on a stretch is worth a call of its own, without a copy
-
-
-@dataclass(frozen=True, slots=True)
-class _Even:
-    """`count` adjacent stretches of one length: a view, no copy."""
-
-    start: int
-    count: int
-    length: int
-
-    def take(self, x_HTD: Tensor) -> Tensor:
-        stop = self.start + self.count * self.length
-        return x_HTD[:, self.start : stop].unflatten(1, (self.count, self.length)).transpose(0, 1)
-
-    def read(self, x_HTD: Tensor) -> Tensor:
-        return x_HTD[:, self.start : self.start + self.count * self.length]
-
-    def write(self, x_HTD: Tensor, values: Tensor) -> None:
-        x_HTD[:, self.start : self.start + self.count * self.length] = values
-
-    def add(self, x_HTD: Tensor, values: Tensor) -> None:
-        x_HTD[:, self.start : self.start + self.count * self.length] += values
-
-    def flat(self, x_BHLD: Tensor) -> Tensor:
-        return x_BHLD.transpose(0, 1).flatten(1, 2)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Ragged:
-    """Stretches padded to [B, L] by repeating the first token: their results are dropped, their gradients are zero."""
-
-    padded: Tensor  # [B x L] tokens of the row
-    shape: tuple[int, int]
-    tokens: Tensor  # [n] real tokens, and where they stand in B x L
-    places: Tensor
-
-    def take(self, x_HTD: Tensor) -> Tensor:
-        return x_HTD.index_select(1, self.padded).unflatten(1, self.shape).transpose(0, 1)
-
-    def read(self, x_HTD: Tensor) -> Tensor:
-        return x_HTD.index_select(1, self.tokens)
-
-    def write(self, x_HTD: Tensor, values: Tensor) -> None:
-        x_HTD.index_copy_(1, self.tokens, values)
-
-    def add(self, x_HTD: Tensor, values: Tensor) -> None:
-        x_HTD.index_add_(1, self.tokens, values)
-
-    def flat(self, x_BHLD: Tensor) -> Tensor:
-        return x_BHLD.transpose(0, 1).flatten(1, 2).index_select(1, self.places)
-
-    def silence(self, lse_BHL: Tensor) -> Tensor:
-        """Infinity where there is padding: its weights are exp(score - infinity) = 0, however loud the scores."""
-        padding = torch.ones(self.shape, dtype=torch.bool, device=lse_BHL.device)
-        padding.view(-1)[self.places] = False
-        return lse_BHL.masked_fill(padding[:, None], float("inf"))
-
-
-def _where(stretches_S2: np.ndarray, device: torch.device) -> _Even | _Ragged:
-    starts, lengths = stretches_S2[:, 0], stretches_S2[:, 1] - stretches_S2[:, 0]
-    longest = int(lengths.max())
-    if (lengths == longest).all() and (np.diff(starts) == longest).all():
-        return _Even(int(starts[0]), len(starts), longest)
-    offsets = np.arange(longest)
-    real = offsets < lengths[:, None]
-    padded = np.where(real, starts[:, None] + offsets, starts[:, None]).reshape(-1)
-    places = np.flatnonzero(real)
-    index = [torch.from_numpy(x).to(device) for x in (padded, padded[places], places)]
-    return _Ragged(index[0], (len(starts), longest), index[1], index[2])
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Call:
-    queries: _Even | _Ragged
-    keys: _Even | _Ragged
-    causal: bool
 
 
 class Plan:
@@ -112,59 +34,22 @@ class Plan:
         return _Attention.apply(q_1HTD[0], k_1HTD[0], v_1HTD[0], self, scale)[None]
 
     @cached_property
-    def calls(self) -> list[list[_Call]]:
+    def calls(self) -> list[list[Call]]:
         """Per sweep, stretches bundled into dense calls."""
         return [
             [
-                _Call(_where(sweep.queries_S2[bundle], self.device), _where(sweep.keys_S2[bundle], self.device), sweep.causal)
-                for bundle in _bundles(sweep)
+                Call(
+                    where_of(sweep.queries_S2[bundle], self.device), where_of(sweep.keys_S2[bundle], self.device), sweep.causal
+                )
+                for bundle in bundles_of(sweep)
             ]
             for sweep in self.sweeps
         ]
 
     @cached_property
-    def lengths(self) -> list[_Lengths]:
+    def lengths(self) -> list[Lengths]:
         """Per sweep, cumulative lengths for kernels that take stretches of any length in one call."""
-        return [_Lengths.of(sweep, self.device) for sweep in self.sweeps]
-
-
-def _bundles(sweep: Sweep) -> list[np.ndarray]:
-    """Indices of stretches that share a call. Keys are never padded unless causality hides the padding."""
-    lengths = sweep.keys_S2[:, 1] - sweep.keys_S2[:, 0]
-    bundles: list[list[int]] = []
-    longest = -1
-    for i in np.argsort(-lengths, kind="stable"):
-        length = int(lengths[i])
-        near = length == longest or (sweep.causal and (length >= longest // 2 or longest <= 64))
-        if not (bundles and longest < LONG and near):
-            bundles.append([])
-            longest = length
-        bundles[-1].append(int(i))
-    return [np.sort(b) for b in bundles]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Lengths:
-    queries: _Even | _Rows
-    keys: _Even | _Rows
-    cu_q: Tensor
-    cu_k: Tensor
-    max_q: int
-    max_k: int
-    causal: bool
-
-    @classmethod
-    def of(cls, sweep: Sweep, device: torch.device) -> _Lengths:
-        found = []
-        for stretches_S2 in (sweep.queries_S2, sweep.keys_S2):
-            lengths = stretches_S2[:, 1] - stretches_S2[:, 0]
-            tokens = np.concatenate([np.arange(a, b) for a, b in stretches_S2])
-            ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-            is_one = tokens[-1] - tokens[0] + 1 == len(tokens)
-            where = _Even(int(tokens[0]), 1, len(tokens)) if is_one else _Rows(torch.from_numpy(tokens).to(device))
-            found.append((where, torch.from_numpy(ends).to(device), int(lengths.max())))
-        (queries, cu_q, max_q), (keys, cu_k, max_k) = found
-        return cls(queries, keys, cu_q, cu_k, max_q, max_k, sweep.causal)
+        return [Lengths.of(sweep, self.device) for sweep in self.sweeps]
 
 
 class _Attention(torch.autograd.Function):
@@ -198,7 +83,7 @@ class _Attention(torch.autograd.Function):
         return *(total.to(x.dtype) for total, x in zip(sums, (q_HTD, k_HTD, v_HTD), strict=True)), None, None
 
 
-def _merge(out_HTD: Tensor, lse_HT1: Tensor, where: _Even | _Ragged | _Rows, part_HnD: Tensor, part_Hn1: Tensor) -> None:
+def _merge(out_HTD: Tensor, lse_HT1: Tensor, where: Even | Ragged | Rows, part_HnD: Tensor, part_Hn1: Tensor) -> None:
     """Attention over further keys joins what is there, in place."""
     before = where.read(lse_HT1)
     after = torch.logaddexp(before, part_Hn1)
@@ -248,7 +133,7 @@ def dense_gradients(
     for calls in plan.calls:
         for call in calls:
             lse_BHL = call.queries.take(lse_HT1)[..., 0]
-            if isinstance(call.queries, _Ragged):
+            if isinstance(call.queries, Ragged):
                 lse_BHL = call.queries.silence(lse_BHL)
             dq, dk, dv = dense_backward(
                 call.queries.take(grad_HTD),
@@ -362,22 +247,6 @@ def takes_varlen(q_HTD: Tensor) -> bool:
     return _has_flash(q_HTD)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Rows:
-    """Stretches of any lengths, one after the other."""
-
-    tokens: Tensor
-
-    def read(self, x_HTD: Tensor) -> Tensor:
-        return x_HTD.index_select(1, self.tokens)
-
-    def write(self, x_HTD: Tensor, values: Tensor) -> None:
-        x_HTD.index_copy_(1, self.tokens, values)
-
-    def add(self, x_HTD: Tensor, values: Tensor) -> None:
-        x_HTD.index_add_(1, self.tokens, values)
-
-
 def varlen_parts(q_HTD: Tensor, k_HTD: Tensor, v_HTD: Tensor, plan: Plan, scale: float):
     """As `dense_parts`, one call per sweep."""
     for number, given in enumerate(plan.lengths):
@@ -410,7 +279,7 @@ def _flash_package():
         return None
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, given: _Lengths, scale: float) -> tuple[Tensor, Tensor]:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, given: Lengths, scale: float) -> tuple[Tensor, Tensor]:
     """Out [T, H, D] and lse [H, T]."""
     lengths = (given.cu_q, given.cu_k, given.max_q, given.max_k)
     if package := _flash_package():
@@ -422,7 +291,7 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, given: _Lengths, scale: float) -> t
 
 
 def _varlen_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse_HT: Tensor, given: _Lengths, scale: float
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse_HT: Tensor, given: Lengths, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     none = torch.zeros(2, dtype=torch.uint64, device=q.device)
     lengths = (given.cu_q, given.cu_k, given.max_q, given.max_k)

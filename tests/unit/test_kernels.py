@@ -16,8 +16,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from rft.data.pack import Sweep, sweeps
 from rft.families import FAMILIES
-from rft.hf import kernels
+from rft.hf import kernels, stretches
 from rft.hf.kernels import Plan
+from rft.hf.stretches import Lengths
 from tests.stages import opened, phase_of, relative
 
 D = 16
@@ -85,7 +86,7 @@ def test_a_tree_attends_as_its_mask_says(
     theirs = results(lambda q, k, v: masked(q, k, v, mask), tensors)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-12
     assert_same(results(lambda q, k, v: plan.attend(0, q, k, v, SCALE), tensors), theirs, tolerance)
-    monkeypatch.setattr(kernels, "LONG", 8)  # stretches from here on have a call of their own
+    monkeypatch.setattr(stretches, "LONG", 8)  # stretches from here on have a call of their own
     plan = Plan(plan.sweeps, CPU)
     assert_same(results(lambda q, k, v: plan.attend(0, q, k, v, SCALE), tensors), theirs, tolerance)
 
@@ -151,16 +152,16 @@ def test_written_out_attention_equals_the_flash_kernel(heads: tuple[int, int], c
         assert relative(mine.as_subclass(Tensor), other) <= 1e-6
 
 
-def stretches(given: kernels._Lengths) -> list[tuple[slice, slice]]:
+def slices(given: Lengths) -> list[tuple[slice, slice]]:
     edges = [cu.tolist() for cu in (given.cu_q, given.cu_k)]
     assert given.max_q == max(np.diff(edges[0])) and given.max_k == max(np.diff(edges[1]))
     return [(slice(a, b), slice(c, d)) for a, b, c, d in zip(edges[0], edges[0][1:], edges[1], edges[1][1:], strict=False)]
 
 
-def slow_varlen(q: Tensor, k: Tensor, v: Tensor, given: kernels._Lengths, scale: float) -> tuple[Tensor, Tensor]:
+def slow_varlen(q: Tensor, k: Tensor, v: Tensor, given: Lengths, scale: float) -> tuple[Tensor, Tensor]:
     """What a varlen kernel computes, stretch by stretch: out [T, H, D], lse [H, T]."""
     outs, lses = [], []
-    for rows, cols in stretches(given):
+    for rows, cols in slices(given):
         one = (x.transpose(0, 1)[None] for x in (q[rows], k[cols], v[cols]))
         out, lse = kernels.dense(*one, given.causal, scale)
         outs.append(out[0].transpose(0, 1))
@@ -169,10 +170,10 @@ def slow_varlen(q: Tensor, k: Tensor, v: Tensor, given: kernels._Lengths, scale:
 
 
 def slow_varlen_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse_HT: Tensor, given: kernels._Lengths, scale: float
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse_HT: Tensor, given: Lengths, scale: float
 ) -> list[Tensor]:
     found = []
-    for rows, cols in stretches(given):
+    for rows, cols in slices(given):
         one = (x.transpose(0, 1)[None] for x in (grad[rows], q[rows], k[cols], v[cols], out[rows]))
         parts = kernels.dense_backward(*one, lse_HT[None, :, rows], given.causal, scale)
         found.append([x[0].transpose(0, 1) for x in parts])
