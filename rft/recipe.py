@@ -12,7 +12,9 @@ import torch
 import yaml
 
 from rft.algo import ESTIMATORS, OBJECTIVES
-from rft.algo.losses import KL
+from rft.algo.advantages import HANDED
+from rft.algo.guidance import Guidance
+from rft.algo.losses import KL, OffPolicy
 from rft.condition import Condition
 from rft.data.budget import Budget
 from rft.errors import RecipeError
@@ -50,8 +52,15 @@ class World:
     seconds: float = 8.0
     fps: int = 4  # of the file
     tick: float = 1.0  # spans begin and end on multiples of it, in seconds
+    longest: float = 0.0  # seconds that a square is visible at most; 0 is any two ticks
+    objects: int = 1  # squares in a clip, each with a span; from 2 on they differ in colour and the question names one
     size: int = 28  # pixels per side
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.longest and not self.tick <= self.longest <= self.seconds:
+            what = f"{self.longest:g} s is not between a tick of {self.tick:g} s and a clip of {self.seconds:g} s"
+            raise RecipeError("data.synthetic.longest", what, "use e.g. 3, or 0 for no limit")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +152,10 @@ class Phase:
     updates: int = 1  # optimizer steps per generated batch
     estimator: str = "grpo"
     estimator_args: Mapping[str, Any] = field(default_factory=dict)
+    accuracy: tuple[str, ...] = ()  # rewards that say how right an answer is; empty is the whole reward
+    shape_target: Literal["accuracy", "total"] = "accuracy"  # what nonlinear and downscale reshape
+    guidance: Guidance | None = None  # the annotation joins the groups
+    off_policy: OffPolicy = field(default_factory=OffPolicy)  # how its tokens are weighed
     clip: Clip = field(default_factory=Clip)
     kl: KL = field(default_factory=KL)
     mask_truncated: bool = False
@@ -240,7 +253,10 @@ LEAST: Mapping[type, Mapping[str, float]] = {
     Clip: {"low": 0, "high": 0},
     KL: {"weight": 0},
     Data: {"max_bad_share": 0, "frame_cache_gb": 0, "workers": -1},
-    World: {"train": 1, "validation": 0, "test": 0, "seconds": 1, "tick": SOME, "fps": 1, "size": 16},
+    World: {
+        **{"train": 1, "validation": 0, "test": 0, "seconds": 1, "tick": SOME, "fps": 1, "size": 16},
+        **{"longest": 0, "objects": 1},
+    },
     Lora: {"rank": 1, "alpha": 1, "dropout": 0},
     Tiny: {**dict.fromkeys(("hidden", "layers", "heads", "vision_hidden", "vision_layers"), 1), "init_std": SOME},
 }
@@ -248,6 +264,7 @@ MOST: Mapping[type, Mapping[str, float]] = {
     Sampling: {"top_p": 1},
     Clip: {"low": 1},
     Data: {"max_bad_share": 1},
+    World: {"objects": 4},
     Lora: {"dropout": 0.99},
 }
 
@@ -291,8 +308,19 @@ def _check_phase(at: str, phase: Phase, recipe: Recipe) -> None:
     for name in phase.rewards:
         if name not in recipe.rewards:
             raise RecipeError(f"{at}.rewards", f"unknown reward {name!r}", nearest(name, recipe.rewards))
+    for name in phase.accuracy:
+        if name not in (own := recipe.rewards_of(phase)):
+            raise RecipeError(f"{at}.accuracy", f"{name!r} is no reward of this phase", nearest(name, own))
     if phase.supervised:
+        if phase.guidance:
+            what = "a supervised phase is nothing but the annotation"
+            raise RecipeError(f"{at}.guidance", what, "take guidance out, or choose another objective")
         return
+    shapes = phase.estimator in ("nonlinear", "downscale") and phase.shape_target == "accuracy"
+    gated = phase.guidance is not None and phase.guidance.gate > 0
+    if (shapes or gated) and not phase.accuracy and len(recipe.rewards_of(phase)) > 1:
+        what = f"which of {', '.join(recipe.rewards_of(phase))} says how right an answer is?"
+        raise RecipeError(f"{at}.accuracy", what, "name it, e.g. accuracy: [iou]; or set shape_target: total without a gate")
     if phase.group_size < 2:
         raise RecipeError(f"{at}.group_size", "a group needs at least 2 rollouts to compare", "use 8, or objective: nll")
     if not recipe.rewards_of(phase):
@@ -310,11 +338,14 @@ def _check_phase(at: str, phase: Phase, recipe: Recipe) -> None:
 def _check_estimator(at: str, phase: Phase) -> None:
     """Tries the estimator's arguments on a group of two."""
     args = {**phase.estimator_args, **({"batch_std": 1.0} if phase.estimator_args.get("std") == "batch" else {})}
+    handed = sorted(set(phase.estimator_args) & set(HANDED))
+    if handed:
+        raise RecipeError(f"{at}.estimator_args", f"{handed[0]} is computed, not set", "take it out")
     try:
         ESTIMATORS[phase.estimator](torch.tensor([0.0, 1.0]), torch.tensor([False, False]), **args)
     except (TypeError, ValueError) as error:
         takes = [n for n, p in signature(ESTIMATORS[phase.estimator]).parameters.items() if p.kind is p.KEYWORD_ONLY]
-        known = ", ".join(n for n in takes if n != "batch_std") or "none"
+        known = ", ".join(n for n in takes if n not in HANDED) or "none"
         raise RecipeError(f"{at}.estimator_args", str(error), f"{phase.estimator} takes: {known}") from error
 
 

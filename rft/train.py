@@ -26,6 +26,7 @@ from rft.data.prefetch import Prefetcher
 from rft.data.samples import read_samples
 from rft.errors import DataError, RecipeError, RftError
 from rft.evaluation.baselines import best_constant, random_answer
+from rft.evaluation.contract import reference_earns_maximum
 from rft.evaluation.scorecard import scorecard
 from rft.files import write_whole
 from rft.hf.arguments import arguments
@@ -39,14 +40,15 @@ from rft.hf.tiny import make_tiny
 from rft.hf.together import Together
 from rft.hf.trainer import GroupTrainer
 from rft.quarantine import Quarantine
-from rft.recipe import SPLITS, Loaded, load, resolved
+from rft.recipe import SPLITS, Loaded, Phase, load, resolved
 from rft.report.curves import draw_curves
 from rft.report.rollout_log import RolloutLog
 from rft.report.table import table
 from rft.rollout.policy import Limits
+from rft.rollout.reference import reference_rollout
 from rft.rollout.render import Renderer
 from rft.synthetic.world import make_world
-from rft.types import Sample
+from rft.types import Sample, Segment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +176,7 @@ def _phase(run: Run, name: str, policy: LoadedModel, target: Path) -> dict[str, 
         name=name,
         phase=phase,
         seed=recipe.seed,
-        samples=_askable(run, renderer, supervised=phase.supervised),
+        samples=_askable(run, renderer, phase),
         renderer=renderer,
         rewards=run.loaded.rewards(phase),
         lens=lens,
@@ -248,13 +250,21 @@ def _ahead(run: Run, stage: Stage) -> Callable[[Sequence[int]], None]:
     return ahead
 
 
-def _askable(run: Run, renderer: Renderer, *, supervised: bool) -> list[Sample]:
-    """Training samples with their messages, as far as they can be asked; the others are quarantined."""
+def _askable(run: Run, renderer: Renderer, phase: Phase) -> list[Sample]:
+    """Training samples with their messages, as far as they can be asked; the others are quarantined.
+
+    Where the annotation may join a group, it has to earn the maximum: one that is reversed, say, would teach the opposite.
+    """
     askable, refused = [], []
+    rewards = [r for r in run.loaded.rewards(phase) if r.name in phase.accuracy or not phase.accuracy]
     for sample in run.splits["train"]:
         try:
-            if supervised:
+            if phase.supervised:
                 renderer.answer_text(sample)
+            if phase.guidance:
+                reference = reference_rollout(sample, renderer, Segment(author="world", text=""))
+                for finding in reference_earns_maximum(rewards, [sample], [reference], {}):
+                    raise DataError(f"sample {sample.id}", finding.what, finding.do)
             askable.append(replace(sample, messages=tuple(renderer.messages(sample))))
         except DataError as error:
             refused.append((sample.id, error))

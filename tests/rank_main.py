@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 from transformers import TrainerCallback
 
+from rft.algo.guidance import Guidance
 from rft.algo.losses import KL
 from rft.hf.arguments import arguments
 from rft.hf.models import open_policy
@@ -37,6 +38,8 @@ def main(out: Path, model: str, data: Path, changes: dict[str, Any]) -> None:
     PartialState(cpu=True)
     together = Together()
     kl = KL(weight=changes.pop("kl", 0.0))
+    if "guidance" in changes:
+        changes["guidance"] = Guidance(**changes["guidance"])
     phase = phase_of(groups_per_device=1, learning_rate=1e-5, kl=kl, **changes)
     recipe = recipe_of(phase)
     policy = open_policy(model, recipe, train=True)

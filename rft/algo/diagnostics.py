@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean, pstdev
 
 from rft.types import Group
 
 
-def describe(groups: Sequence[Group]) -> dict[str, list[float]]:
+def describe(groups: Sequence[Group], *, guided: bool = False) -> dict[str, list[float]]:
     """Per-group and per-rollout values by metric name; the caller averages them over ranks.
 
-    Reference rows are left out of rewards, lengths and stops: these describe the policy.
+    Rollouts in which the annotation wrote anything, hints included, are left out of rewards, lengths and stops: these
+    describe the policy. With `guided` they have curves of their own: seats per group, reward, tokens.
     """
     values: dict[str, list[float]] = {}
 
@@ -20,6 +21,11 @@ def describe(groups: Sequence[Group]) -> dict[str, list[float]]:
 
     for group in groups:
         members = [m for m in group.members if not m.rollout.is_reference]
+        if guided:
+            add("reference/seats", len(group.members) - len(members))
+            for member in (m for m in group.members if m.rollout.is_reference):
+                add("reference/reward", member.reward)
+                add("reference/tokens", member.rollout.num_tokens)
         if not members:
             continue
         rewards = [m.reward for m in members]
@@ -35,3 +41,15 @@ def describe(groups: Sequence[Group]) -> dict[str, list[float]]:
                 if part is not None:
                     add(f"reward/{name}", part)
     return values
+
+
+def shares(sums: Mapping[str, float]) -> dict[str, float]:
+    """The sums of a whole step for the log: `reference/gradient_share` in [0, 1] in place of the two pulls of the loss.
+
+    It is the part of sum |d loss / d log p|, over all tokens of the step, that falls on what the annotation wrote; not a
+    share of the gradient's norm, in which tokens may cancel.
+    """
+    out = {name: value for name, value in sums.items() if name not in ("pull", "reference/pull")}
+    if sums.get("pull"):
+        out["reference/gradient_share"] = sums["reference/pull"] / sums["pull"]
+    return out

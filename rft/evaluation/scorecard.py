@@ -35,7 +35,9 @@ def answer_all(
     for chunk, next_chunk in zip(chunks, [*chunks[1:], []], strict=True):
         prompts, following = following, [renderer.prompt(s) for s in next_chunk]
         ahead([v for prompt in following for v in prompt.views])
-        groups = roll_out(chunk, prompts, 1, policy=policy, renderer=renderer, limits=limits, draw=(seed, "evaluation"))
+        groups = roll_out(
+            chunk, prompts, [1] * len(chunk), policy=policy, renderer=renderer, limits=limits, draw=(seed, "evaluation")
+        )
         rollouts += [group[0] for group in groups]
     return rollouts
 

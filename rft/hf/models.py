@@ -44,7 +44,7 @@ class LoadedModel:
         return self.processor.tokenizer
 
     def lens(self, frames: FrameStore, temperature: float = 1.0, memory: VisionMemory | None = None) -> Lens:
-        """The lens of this model's forwards. Raises nothing; `memory` must be of a tower that does not change."""
+        """The lens of this model's forwards; `memory` must be of a tower that does not change."""
         ids = placeholder_ids(self.tokenizer, self.family)
         return Lens(
             family=self.family,

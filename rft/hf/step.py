@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from rft.algo import ESTIMATORS, OBJECTIVES
-from rft.algo.credit import batch_std, credit
+from rft.algo.credit import accuracy_of, batch_std, compared, credit
 from rft.algo.diagnostics import describe
 from rft.algo.filters import mute
-from rft.algo.losses import Columns, Normaliser
+from rft.algo.guidance import is_certain, wants_seat
+from rft.algo.losses import Columns, Normaliser, policy_share
 from rft.data.pack import pack, split
 from rft.errors import DataError
 from rft.hf.generate import ModelPolicy
@@ -26,12 +27,13 @@ from rft.hf.together import Together
 from rft.quarantine import Quarantine
 from rft.recipe import Phase
 from rft.report.rollout_log import RolloutLog
+from rft.rollout.guided import Guide
 from rft.rollout.policy import Limits, stream_key
 from rft.rollout.reference import reference_rollout
 from rft.rollout.render import Renderer
 from rft.rollout.single import roll_out
 from rft.scoring import Reward, score
-from rft.types import WORLD, Batch, Example, Group, Pack, Sample, Scored, Segment
+from rft.types import REFERENCE, WORLD, Batch, Example, Group, Pack, Rollout, Sample, Scored, Segment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +67,12 @@ class Stage:
         """The phase's sampling."""
         s = self.phase.sampling
         return Limits(max_tokens=s.max_tokens, temperature=s.temperature, top_k=s.top_k, top_p=s.top_p)
+
+    @property
+    def accuracy(self) -> dict[str, float] | None:
+        """Weights of the rewards that say how right an answer is; None where that is the whole reward."""
+        names = self.phase.accuracy
+        return {r.name: r.weight for r in self.rewards if r.name in names} if names else None
 
     def step(
         self,
@@ -139,33 +147,52 @@ class Stage:
         together: Together,
         trainer_state: Any,
     ) -> tuple[list[Group], dict[str, list[float]]]:
-        """Roll out, score and mute; with `refill`, silent groups make room for other samples, up to n times.
+        """Roll out, score, guide and mute; with `refill`, silent groups make room for other samples, up to n times.
 
-        The log describes what was sampled first: refilling changes what is trained on, not how the policy did.
+        The log describes what was sampled first: guiding and refilling change what is trained on, not how the policy did.
         """
         policy = ModelPolicy(model, self.lens, self.eos_ids, weights=step)
+        size, guidance = self.phase.group_size, self.phase.guidance
 
-        def rolled(samples: Sequence[Sample], prompts: Sequence[Segment], *attempt: object) -> list[Group]:
-            rollouts = roll_out(
-                samples,
-                prompts,
-                self.phase.group_size,
-                policy=policy,
-                renderer=self.renderer,
-                limits=self.limits,
-                draw=(self.seed, self.name, step, *attempt),
-            )
-            pairs = list(zip(samples, rollouts, strict=True))
+        def judged(pairs: Sequence[tuple[Sample, Sequence[Rollout]]]) -> Sequence[Group]:
             groups, report = score(pairs, self.rewards, trainer_state=trainer_state)
             for name, count in report.failed.items():
                 failed[name] = failed.get(name, 0) + count
             for error in report.errors:
                 print(f"step {step}: {error}", flush=True)
-            return list(mute(groups))
+            return groups
+
+        def rolled(
+            samples: Sequence[Sample], prompts: Sequence[Segment], *attempt: object
+        ) -> tuple[Sequence[Group], list[Group]]:
+            """The groups as the policy left them, and as they are trained on."""
+            draw = (self.seed, self.name, step, *attempt)
+            wanted = [
+                guidance is not None and wants_seat(guidance, step, stream_key(*draw, s.id, "guided") / 2**64) for s in samples
+            ]
+            sizes = [size - (w and is_certain(guidance)) for w in wanted]
+            rollouts = roll_out(samples, prompts, sizes, policy=policy, renderer=self.renderer, limits=self.limits, draw=draw)
+            alone = judged(list(zip(samples, rollouts, strict=True)))
+            if guidance is None:
+                return alone, list(mute(alone))
+            guide = Guide(
+                guidance=guidance,
+                size=size,
+                policy=policy,
+                renderer=self.renderer,
+                limits=self.limits,
+                judge=judged,
+                accuracy=lambda member: accuracy_of(member, self.accuracy)[0],
+                draw=draw,
+            )
+            return alone, list(mute(guide.join(alone, prompts, wanted)))
 
         failed: dict[str, int] = {}
-        groups = rolled(samples, prompts)
+        alone, groups = rolled(samples, prompts)
         metrics = describe(groups)
+        if guidance is not None:
+            joined = describe(groups, guided=True)
+            metrics = describe(alone) | {k: v for k, v in joined.items() if k == "muted" or k.startswith("reference/")}
         for attempt in range(self.phase.refill):
             silent = [i for i, g in enumerate(groups) if g.muted]
             if not together.any(bool(silent)):
@@ -173,7 +200,7 @@ class Stage:
             if self.rollout_log:  # what gives way is in the log as well
                 self.rollout_log.write(step, [groups[i] for i in silent], [credit(groups[i], None) for i in silent])
             drawn = [self._draw(step, groups[i].sample.id, "refill", attempt) for i in silent]
-            for i, group in zip(silent, rolled(*self.open(drawn, step), "refill", attempt), strict=True):
+            for i, group in zip(silent, rolled(*self.open(drawn, step), "refill", attempt)[1], strict=True):
                 groups[i] = group
         return groups, metrics | {f"reward/{name}/failed": [float(n)] for name, n in failed.items() if n}
 
@@ -182,10 +209,13 @@ class Stage:
         if self.phase.supervised:
             return [credit(g, None) for g in groups]
         params = dict(self.phase.estimator_args)
-        if params.get("std") == "batch":
-            params["batch_std"] = batch_std(together.groups(groups))
         estimator = ESTIMATORS[self.phase.estimator]
-        return [credit(g, estimator, mask_truncated=self.phase.mask_truncated, **params) for g in groups]
+        accuracy = self.accuracy if self.phase.shape_target == "accuracy" else None
+        if params.get("std") == "batch":
+            mine = [compared(g, estimator, accuracy=accuracy, **params) for g in groups]
+            params["batch_std"] = batch_std([values for theirs in together.gather(mine) for values in theirs])
+        truncated = self.phase.mask_truncated
+        return [credit(g, estimator, accuracy=accuracy, mask_truncated=truncated, **params) for g in groups]
 
     def pack(self, examples: Sequence[Example]) -> Pack:
         """A group on the family's clock."""
@@ -234,14 +264,16 @@ class Stage:
             self.quarantine.hear(news)
         examples = [e for p in packs for e in p.examples]
         tokens = sum(map(_kept, packs))
-        seen = sum(_kept(p) for p in packs if self.teaches(p))
+        taught = [e for p in packs if self.teaches(p) for e in p.examples if e.weight]
+        seen = sum(int((e.authors_T != WORLD).sum()) for e in taught)
+        reference = 0 if self.phase.supervised else sum(int((e.authors_T == REFERENCE).sum()) for e in taught)
         forwards = -(-len(packs) // self.phase.groups_per_device)
-        rows, tokens, seen, forwards = together.total([len(examples), tokens, seen, forwards])
+        rows, tokens, seen, forwards, reference = together.total([len(examples), tokens, seen, forwards, reference])
         kinds = together.union({v.kind for p in packs if self.teaches(p) for n in p.nodes for v in n.views})
         if self.vision_learns:
             kinds = kinds or {"image"}
         limit = self.phase.sampling.max_tokens
-        normaliser = Normaliser(rows=rows, tokens=tokens, seen=seen, forwards=forwards, max_tokens=limit)
+        normaliser = Normaliser(rows=rows, tokens=tokens, seen=seen, reference=reference, forwards=forwards, max_tokens=limit)
         return Agreement(normaliser=normaliser, kinds=frozenset(kinds))
 
     def loss(
@@ -260,8 +292,7 @@ class Stage:
             for packs in self.passes([b.pack for b in batches], together)
         ]
         logprobs_N, entropy_N = (torch.cat(column) for column in zip(*parts, strict=True))
-        columns = columns_of(batches, logprobs_N)
-        kept_N = columns.weight_R[columns.row_N]
+        columns = columns_of(batches, logprobs_N, guided=phase.guidance is not None and not phase.supervised)
         loss, sums = OBJECTIVES[phase.objective](
             columns,
             normaliser,
@@ -269,12 +300,16 @@ class Stage:
             clip_high=phase.clip.high,
             kl=phase.kl,
             importance_cap=phase.importance_cap,
+            off_policy=phase.off_policy,
         )
+        if not normaliser.seen:  # every group of the step is silent: there is nothing to describe
+            return loss, {}
+        share_N = policy_share(columns, normaliser)
         metrics = {name: float(value) for name, value in sums.items()}
-        metrics["entropy"] = float((entropy_N * kept_N).sum()) / max(normaliser.seen, 1.0)
+        metrics["entropy"] = float((entropy_N * share_N).sum())
         if not phase.supervised:
             gap_N = (logprobs_N.detach() - columns.sampler_N).abs()
-            metrics["sampler_gap"] = float((gap_N.nan_to_num() * kept_N).sum()) / max(normaliser.seen, 1.0)
+            metrics["sampler_gap"] = float((gap_N.nan_to_num() * share_N).sum())
         return loss, metrics
 
 
@@ -283,8 +318,8 @@ def _kept(pack: Pack) -> int:
     return sum(int((e.authors_T != WORLD).sum()) for e in pack.examples if e.weight)
 
 
-def columns_of(batches: Sequence[Batch], logprobs_N: Tensor) -> Columns:
-    """The flat columns of a forward over these batches."""
+def columns_of(batches: Sequence[Batch], logprobs_N: Tensor, *, guided: bool = False) -> Columns:
+    """The flat columns of a forward over these batches; with `guided` they say what the annotation wrote."""
     device = logprobs_N.device
     examples = [e for b in batches for e in b.pack.examples]
     lengths = [int((e.authors_T != WORLD).sum()) for e in examples]
@@ -301,6 +336,7 @@ def columns_of(batches: Sequence[Batch], logprobs_N: Tensor) -> Columns:
         old_N=known("old_N"),
         ref_N=known("ref_N"),
         sampler_N=torch.from_numpy(_trained(batches, "sampler_T")).to(device),
+        is_reference_N=torch.from_numpy(_trained(batches, "authors_T") == REFERENCE).to(device) if guided else None,
     )
 
 

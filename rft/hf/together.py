@@ -11,7 +11,6 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from rft.errors import ClusterError
-from rft.types import Group
 
 
 class Together:
@@ -82,11 +81,6 @@ class Together:
             for name, number in one.items():
                 joined[name] = joined.get(name, 0.0) + number
         return joined
-
-    def groups(self, groups: Sequence[Group]) -> list[list[float]]:
-        """Rewards of every group of every rank."""
-        mine = [[m.reward for m in g.members] for g in groups]
-        return [rewards for theirs in self.gather(mine) for rewards in theirs]
 
     def wait(self) -> None:
         """Return when every rank has called."""

@@ -15,6 +15,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import unwrap_model_for_generation
 
+from rft.algo.diagnostics import shares
 from rft.errors import RolloutError
 from rft.hf.attention import install
 from rft.hf.compat import reload_weights
@@ -93,7 +94,7 @@ class GroupTrainer(GRPOTrainer):
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         if (self._step + 1) % self.current_gradient_accumulation_steps == 0:
-            for name, value in self.together.sums(self._sums).items():
+            for name, value in shares(self.together.sums(self._sums)).items():
                 self._metrics["train"][name].append(value)
             self._sums = {}
         return loss * self.together.size  # DDP and ZeRO average over ranks; the normaliser already spans them

@@ -1,9 +1,12 @@
-"""Clips of static noise in which a bright square appears from one second to another, as real mp4 files and JSONL."""
+"""Clips of static noise in which squares appear from one second to another, as real mp4 files and JSONL.
+
+One bright square, or several in different colours: then each has a span of its own, and the question names one of them.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import av
@@ -12,12 +15,16 @@ import numpy as np
 from rft.recipe import SPLITS, World
 
 QUESTION = "When is the square visible?"
+BRIGHT = (235, 235, 235)
+COLOURS = {"red": (220, 30, 30), "green": (30, 190, 50), "blue": (50, 70, 245), "yellow": (230, 215, 30)}
+CELLS = ((0, 0), (0, 1), (1, 0), (1, 1))  # quarters of the picture, a square in each at most: none hides another
+Span = tuple[float, float]
 
 
 def make_world(folder: Path, world: World, *, seed: int, progress: Callable[[int], None] = lambda done: None) -> Path:
     """Render all splits under `folder`: `train.jsonl`, `validation.jsonl`, `test.jsonl` and `videos/`.
 
-    Splits are disjoint: each clip has noise, place and times of its own, drawn from (seed, world.seed, split, index).
+    Splits are disjoint: each clip has noise, places and times of its own, drawn from (seed, world.seed, split, index).
     """
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     done = 0
@@ -26,14 +33,18 @@ def make_world(folder: Path, world: World, *, seed: int, progress: Callable[[int
         for index in range(getattr(world, split)):
             rng = np.random.default_rng((seed, world.seed, number, index))
             name = f"{split}_{index:05d}"
-            span = draw_span(rng, world)
-            encode(folder / "videos" / f"{name}.mp4", draw_frames(rng, world, span), world.fps)
+            spans = [draw_span(rng, world) for _ in range(world.objects)]
+            asked, question = 0, QUESTION
+            if world.objects > 1:
+                asked = int(rng.integers(world.objects))
+                question = f"When is the {list(COLOURS)[asked]} square visible?"
+            encode(folder / "videos" / f"{name}.mp4", draw_frames(rng, world, spans), world.fps)
             rows.append(
                 {
                     "id": name,
                     "video": f"videos/{name}.mp4",
-                    "question": QUESTION,
-                    "answer": {"span": span},
+                    "question": question,
+                    "answer": {"span": spans[asked]},
                     "task": "grounding",
                     "duration": world.seconds,
                 }
@@ -45,21 +56,31 @@ def make_world(folder: Path, world: World, *, seed: int, progress: Callable[[int
     return folder
 
 
-def draw_span(rng: np.random.Generator, world: World) -> tuple[float, float]:
-    """Two different ticks of the clip, in order."""
-    first, last = sorted(rng.choice(int(world.seconds / world.tick) + 1, size=2, replace=False).tolist())
+def draw_span(rng: np.random.Generator, world: World) -> Span:
+    """Two different ticks of the clip, in order; or, under `longest`, a length and then a place for it."""
+    ticks = int(world.seconds / world.tick)
+    if world.longest:
+        length = int(rng.integers(1, int(world.longest / world.tick) + 1))
+        first = int(rng.integers(0, ticks - length + 1))
+        return first * world.tick, (first + length) * world.tick
+    first, last = sorted(rng.choice(ticks + 1, size=2, replace=False).tolist())
     return first * world.tick, last * world.tick
 
 
-def draw_frames(rng: np.random.Generator, world: World, span: tuple[float, float]) -> np.ndarray:
-    """uint8 [F, H, W, 3]: dim noise, the same in every frame, and the square while it is visible."""
+def draw_frames(rng: np.random.Generator, world: World, spans: Sequence[Span]) -> np.ndarray:
+    """uint8 [F, H, W, 3]: dim noise, the same in every frame, and each square while it is visible."""
     size, side = world.size, max(4, world.size // 3)
     background = rng.integers(0, 100, size=(size, size, 1), dtype=np.uint8).repeat(3, axis=-1)
-    y, x = rng.integers(0, size - side + 1, size=2)
+    if len(spans) == 1:
+        corners, colours = [rng.integers(0, size - side + 1, size=2)], [BRIGHT]
+    else:
+        cells = rng.permutation(np.array(CELLS))[: len(spans)] * (size // 2)
+        corners, colours = [cell + rng.integers(0, size // 2 - side + 1, size=2) for cell in cells], list(COLOURS.values())
     frames = background[None].repeat(round(world.seconds * world.fps), axis=0)
     seconds = np.arange(len(frames)) / world.fps
-    visible = np.flatnonzero((seconds >= span[0]) & (seconds < span[1]))
-    frames[visible, y : y + side, x : x + side] = 235
+    for span, (y, x), colour in zip(spans, corners, colours, strict=False):
+        visible = np.flatnonzero((seconds >= span[0]) & (seconds < span[1]))
+        frames[visible, y : y + side, x : x + side] = colour
     return frames
 
 

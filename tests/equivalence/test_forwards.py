@@ -24,7 +24,13 @@ def rolled(stage, policy, indices=(0, 1), limits=None):
     samples, prompts = stage.open(indices, 0)
     engine = ModelPolicy(policy.model, stage.lens, policy.eos_ids)
     return roll_out(
-        samples, prompts, 3, policy=engine, renderer=stage.renderer, limits=limits or stage.limits, draw=(0, "t", 0)
+        samples,
+        prompts,
+        [3] * len(samples),
+        policy=engine,
+        renderer=stage.renderer,
+        limits=limits or stage.limits,
+        draw=(0, "t", 0),
     )
 
 

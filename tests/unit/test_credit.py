@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from rft.algo.advantages import grpo
-from rft.algo.credit import credit, example
+from rft.algo import ESTIMATORS
+from rft.algo.advantages import grpo, nonlinear, shape
+from rft.algo.credit import accuracy_of, batch_std, compared, credit, example, is_annotation
 from rft.algo.diagnostics import describe
 from rft.algo.filters import mute, why_no_signal
 from rft.errors import RolloutError
@@ -74,6 +75,84 @@ def test_the_log_describes_the_policy_only() -> None:
     values = describe([group(member("abc", 1.0), member("a", 0.0), member("xxxxx", 9.0, author="reference"))])
     assert values["reward"] == [0.5] and values["completion_tokens"] == [3.0, 1.0]
     assert values["reward_std"] == [0.5] and values["reward/r/coverage"] == [1.0, 1.0]
+    assert not any(name.startswith("reference/") for name in values)
+
+
+def test_the_annotation_has_curves_of_its_own() -> None:
+    told = group(member("abc", 1.0), member("xxxxx", 9.0, author="reference"))
+    values = describe([told, group(member("a", 0.0))], guided=True)
+    assert values["reference/seats"] == [1.0, 0.0]  # per group, those without one included
+    assert values["reference/reward"] == [9.0] and values["reference/tokens"] == [5.0]
+    assert values["reward"] == [1.0, 0.0]
+
+
+HINT = Segment(author="reference", text="<answer>3 ", ids=(1,))
+REST = Segment(author="policy", text="to 5</answer>", ids=(2,), logprobs=(-0.5,))
+
+
+def answered(*segments: Segment, **parts: float | None) -> Scored:
+    reward = 2 * (parts.get("iou") or 0.0) + (parts.get("format") or 0.0)
+    return Scored(rollout=Rollout(sample_id="s", segments=(PROMPT, *segments), stop="answered"), reward=reward, parts=parts)
+
+
+def test_who_answered_decides_whose_row_it_is() -> None:
+    """Anchoring normalises the policy's rows among themselves: a row that it finished after a hint is one of them."""
+    assert not is_annotation(answered(HINT, REST).rollout) and is_annotation(answered(REST, HINT).rollout)
+    assert is_annotation(answered(REST, HINT, PROMPT).rollout) and not is_annotation(answered().rollout)
+    rows = credit(
+        group(answered(REST, iou=0.0), answered(HINT, REST, iou=0.5), answered(HINT, iou=1.0)), ESTIMATORS["anchor"], eps=0.0
+    )
+    half = 0.5**0.5  # of rewards 0 and 1, the sample std is 1 / sqrt 2
+    assert [float(r.advantages_T[-1]) for r in rows] == pytest.approx([-half, half, 1.2 * half])
+    assert rows[1].authors_T.tolist()[3:] == [REFERENCE, POLICY] and np.isnan(rows[1].sampler_T[3])
+    assert rows[1].sampler_T[4] == -0.5
+
+
+ACCURACY = {"iou": 2.0}
+
+
+def test_only_the_named_part_is_shaped() -> None:
+    """Total = 2 iou + format; shaped, it is 2 shape(iou) + format, for every member alike."""
+    members = [answered(REST, iou=0.2, format=1.0), answered(REST, iou=0.6, format=0.0), answered(HINT, iou=1.0, format=1.0)]
+    rows = credit(group(*members), nonlinear, accuracy=ACCURACY, std="none")
+    values = [2 * shape(0.2) + 1, 2 * shape(0.6), 2 * shape(1.0) + 1]
+    assert compared(group(*members), nonlinear, accuracy=ACCURACY, std="none") == pytest.approx(values)
+    mean = sum(values) / 3
+    assert [float(r.advantages_T[-1]) for r in rows] == pytest.approx([v - mean for v in values])
+    total = credit(group(*members), nonlinear, std="none")
+    values = [shape(1.4), shape(1.2), shape(3.0)]
+    assert [float(r.advantages_T[-1]) for r in total] == pytest.approx([v - sum(values) / 3 for v in values])
+    plain = credit(group(*members), grpo, accuracy=ACCURACY)  # nothing to reshape
+    assert [r.advantages_T.tolist() for r in plain] == [r.advantages_T.tolist() for r in credit(group(*members), grpo)]
+
+
+def test_downscaling_a_part_leaves_unguided_groups_to_the_last_bit() -> None:
+    members = [answered(REST, iou=x, format=f) for x, f in ((0.1, 0.7), (1 / 3, 0.1), (0.9, 0.3))]
+    downscaled = credit(group(*members), ESTIMATORS["downscale"], accuracy=ACCURACY)
+    plain = credit(group(*members), grpo)
+    assert [r.advantages_T.tolist() for r in downscaled] == [r.advantages_T.tolist() for r in plain]
+    assert compared(group(*members), ESTIMATORS["downscale"], accuracy=ACCURACY) == [m.reward for m in members]
+
+
+def test_accuracy_is_the_mean_of_what_applies() -> None:
+    one = answered(REST, iou=0.5, choice=1.0, format=1.0, box=None)
+    assert accuracy_of(one, {"iou": 1.0, "choice": 3.0}) == (pytest.approx(3.5 / 4), 4.0)
+    assert accuracy_of(one, {"iou": 2.0, "box": 1.0}) == (0.5, 2.0)
+    assert accuracy_of(one, {"box": 1.0}) == (0.0, 0.0) and accuracy_of(one, None) == (2.0, 1.0)
+
+
+def test_the_batch_is_measured_after_shaping_over_all_groups() -> None:
+    """Two groups, one of them guided, in one generation: the std is that of the six values that are compared."""
+    guided = group(answered(REST, iou=0.2), answered(REST, iou=0.6), answered(HINT, iou=1.0))
+    alone = group(answered(REST, iou=0.1), answered(REST, iou=0.9), answered(REST, iou=0.5))
+    values = [compared(g, nonlinear, accuracy=ACCURACY, std="batch", eps=0.0) for g in (guided, alone)]
+    spread = batch_std(values)
+    rows = credit(alone, nonlinear, accuracy=ACCURACY, std="batch", batch_std=spread, eps=0.0)
+    shaped = [2 * shape(x) for x in (0.1, 0.9, 0.5)]
+    flat = [2 * shape(x) for x in (0.2, 0.6, 1.0)] + shaped
+    mean = sum(flat) / 6
+    by_hand = (sum((v - mean) ** 2 for v in flat) / 5) ** 0.5
+    assert [float(r.advantages_T[-1]) for r in rows] == pytest.approx([(v - sum(shaped) / 3) / by_hand for v in shaped])
 
 
 def test_turns_are_what_was_said_between_two_words_of_the_world() -> None:

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from rft.algo import OBJECTIVES
-from rft.algo.losses import KL, Columns, Normaliser, k3, token_weights
+from rft.algo.diagnostics import shares
+from rft.algo.losses import KL, Columns, Normaliser, OffPolicy, k3, policy_share, token_weights
+from rft.errors import RftError
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "tempsamp_vectors.json").read_text())
 ROWS = torch.tensor([0, 1, 1, 1])
@@ -23,6 +25,7 @@ def columns(logprobs: list[float], advantages: list[float], **more: object) -> C
         advantages_N=torch.tensor(advantages, dtype=torch.float64),
         row_N=ROWS[: len(logprobs)],
         weight_R=more.pop("weight_R", torch.ones(2, dtype=torch.float64)),
+        is_reference_N=torch.tensor(more.pop("reference")) if "reference" in more else None,
         **{k: torch.tensor(v, dtype=torch.float64) for k, v in more.items()},
     )
 
@@ -104,21 +107,166 @@ def test_k1_is_taken_off_the_advantage() -> None:
     assert c.logprobs_N.grad.tolist() == pytest.approx([-0.25, -0.9 / 4, -0.25, -0.25])
 
 
-def test_golden_policy_loss() -> None:
-    """The toy of two rows, the second off policy: ratio one, and clipped against stale log-probs."""
-    g = GOLDEN["policy_loss"]
-    logp = g["on_logp"] + g["off_logp"]
-    rows = torch.tensor([0] * len(g["on_logp"]) + [1] * len(g["off_logp"]))
-    advantages = [g["A_on"]] * len(g["on_logp"]) + [g["A_off"]] * len(g["off_logp"])
-    norm = Normaliser(rows=2, tokens=len(logp), seen=len(logp), forwards=1, max_tokens=9)
-    stale = torch.tensor(g["on_logp"] + g["off_old_logp"], dtype=torch.float64)
-    for name, old in zip(g["variants"], (None, stale)):
-        c = Columns(
-            logprobs_N=torch.tensor(logp, dtype=torch.float64),
-            advantages_N=torch.tensor(advantages, dtype=torch.float64),
-            row_N=rows,
-            weight_R=torch.ones(2, dtype=torch.float64),
-            old_N=old,
+P, OLD = [math.log(0.5), math.log(0.2)], [math.log(0.4), math.log(2 / 9)]  # ratios 1.25 and 0.9
+TWO = Normaliser(rows=2, tokens=2, seen=2, forwards=1, max_tokens=5, reference=2)
+
+
+@pytest.mark.parametrize(
+    ("off_policy", "values", "slopes"),
+    [
+        (OffPolicy(), [1, 1], [1, 1]),
+        (OffPolicy(ratio="recomputed"), [1.25, 0.9], [1.25, 0.9]),
+        (OffPolicy(ratio="recomputed", clip=True), [1.2, 0.9], [0, 0.9]),
+        (OffPolicy(ratio="behaviour_one"), [0.5, 0.2], [0.5, 0.2]),
+        (OffPolicy(ratio="luffy"), [0.5 / 0.6, 0.2 / 0.3], [0.05 / 0.36, 0.02 / 0.09]),
+        (OffPolicy(ratio="luffy", gamma=0.5), [0.5, 0.2 / 0.7], [0.25, 0.1 / 0.49]),
+    ],
+)
+def test_ratio_modes_of_two_tokens(off_policy: OffPolicy, values: list[float], slopes: list[float]) -> None:
+    """A = 2 and each token weighs 1/2, so the loss is -(w1 + w2) and its gradient -dw/dlogp, after a stale `old_N`."""
+    c = columns(P, [2.0, 2.0], old_N=OLD, reference=[True, True])
+    loss, metrics = OBJECTIVES["dapo"](c, TWO, off_policy=off_policy)
+    loss.backward()
+    assert float(loss) == pytest.approx(-sum(values))
+    assert c.logprobs_N.grad.tolist() == pytest.approx([-slope for slope in slopes])
+    assert float(metrics["reference/pull"]) == pytest.approx(sum(slopes)) and metrics["pull"] == metrics["reference/pull"]
+    assert float(metrics["reference/logprob"]) == pytest.approx(sum(P) / 2)
+    assert float(metrics["clipped"]) == 0 and float(metrics["ratio"]) == 0  # the policy wrote nothing
+
+
+@pytest.mark.parametrize("mode", ["one", "recomputed"])
+def test_the_first_update_is_the_advantage_in_gradient(mode: str) -> None:
+    """Without old log-probs, or with those of the same weights."""
+    for old in ({}, {"old_N": P}):
+        c = columns(P, [2.0, -1.0], reference=[True, True], **old)
+        OBJECTIVES["dapo"](c, TWO, off_policy=OffPolicy(ratio=mode, clip=mode == "recomputed"))[0].backward()
+        assert c.logprobs_N.grad.tolist() == pytest.approx([-1.0, 0.5])
+
+
+def mixed(**more: object) -> Columns:
+    """Row 0 = [a] by the policy; row 1 = [b, c, d] in which the annotation wrote b and c."""
+    return columns(
+        [-1.0, -2.0, -0.5, -1.5],
+        [1.0, 2.0, 2.0, 2.0],
+        old_N=[-1.3, -2.4, -0.4, -1.4],
+        reference=[False, True, True, False],
+        **more,
+    )
+
+
+STEP = Normaliser(rows=2, tokens=4, seen=4, forwards=1, max_tokens=5, reference=2)
+
+
+def test_each_author_has_its_own_ratio_and_its_own_curves() -> None:
+    """The policy: ratios e^0.3 (clipped at 1.2) and e^-0.1; the annotation: 1, whatever `old_N` says."""
+    c = mixed()
+    loss, metrics = OBJECTIVES["dapo"](c, STEP)
+    loss.backward()
+    own = math.exp(-0.1)
+    assert float(loss) == pytest.approx(-(1.2 + 2 + 2 + 2 * own) / 4)
+    assert c.logprobs_N.grad.tolist() == pytest.approx([0, -2 / 4, -2 / 4, -2 * own / 4])
+    assert float(metrics["clipped"]) == pytest.approx(1 / 2)  # of the policy's two tokens
+    assert float(metrics["ratio"]) == pytest.approx((math.exp(0.3) + own) / 2)
+    assert float(metrics["reference/ratio"]) == 1 and float(metrics["reference/logprob"]) == -1.25
+    share = shares({name: float(value) for name, value in metrics.items()})["reference/gradient_share"]
+    assert share == pytest.approx(4 / (4 + 2 * own))
+    assert policy_share(c, STEP).tolist() == [0.5, 0, 0, 0.5]
+
+
+@pytest.mark.parametrize("objective", ["grpo", "dapo", "dr_grpo", "bnpo"])
+@pytest.mark.parametrize("mode", ["one", "recomputed", "behaviour_one", "luffy"])
+def test_pull_is_the_size_of_the_gradient(objective: str, mode: str) -> None:
+    c = mixed(sampler_N=[-1.5, float("nan"), float("nan"), -1.3])
+    loss, metrics = OBJECTIVES[objective](c, STEP, off_policy=OffPolicy(ratio=mode), importance_cap=2.0)
+    loss.backward()
+    sizes = c.logprobs_N.grad.abs()
+    assert float(metrics["pull"]) == pytest.approx(float(sizes.sum()))
+    assert float(metrics["reference/pull"]) == pytest.approx(float(sizes[1:3].sum()))
+
+
+def test_the_logged_numbers_add_up_over_forwards() -> None:
+    """Row by row, with the normaliser of the whole step, as in one forward."""
+    whole = OBJECTIVES["dapo"](mixed(), STEP)[1]
+    c, sums = mixed(), {}
+    for row in (0, 1):
+        at = c.row_N == row
+        names = ("logprobs_N", "advantages_N", "old_N", "is_reference_N")
+        part = Columns(
+            row_N=torch.zeros(int(at.sum()), dtype=torch.int64), weight_R=torch.ones(1), **{n: getattr(c, n)[at] for n in names}
         )
-        for objective, key in (("grpo", "loss_seq_mean"), ("dapo", "loss_token_mean")):
-            assert float(OBJECTIVES[objective](c, norm)[0]) == pytest.approx(g["variants"][name][key], abs=2e-6)
+        for name, value in OBJECTIVES["dapo"](part, STEP)[1].items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    assert sums == pytest.approx({name: float(value) for name, value in whole.items()})
+
+
+def test_a_step_without_an_annotation_is_what_it_was_bit_for_bit() -> None:
+    stale = {"old_N": [-1.3, -2.4, -0.4, -1.4], "ref_N": [-1.1, -2.0, -0.9, -1.0], "sampler_N": [-1.2, -2.5, -0.4, -1.3]}
+    for name in ("grpo", "dapo", "gspo"):
+        grads = []
+        for more in ({}, {"reference": [False] * 4}):
+            c = columns([-1.0, -2.0, -0.5, -1.5], [1.0, 2.0, -2.0, 2.0], **stale, **more)
+            off = OffPolicy(ratio="luffy", kl=False)
+            loss, metrics = OBJECTIVES[name](c, NORM, kl=KL(weight=0.1), importance_cap=2.0, off_policy=off)
+            loss.backward()
+            grads.append((c.logprobs_N.grad, loss, metrics))
+        assert torch.equal(grads[0][0], grads[1][0]) and grads[0][1] == grads[1][1] and grads[0][2] == grads[1][2]
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k3"])
+def test_the_kl_switch(estimator: str) -> None:
+    """Off, the annotation's tokens are as without a penalty, and the policy's are not; the logged KL is the policy's."""
+    ref = {"ref_N": [-1.2, -1.0, -1.0, -1.0]}
+    grads = {}
+    for name, kl, off in (
+        ("none", KL(), True),
+        ("on", KL(weight=0.1, estimator=estimator), True),
+        ("off", KL(weight=0.1, estimator=estimator), False),
+    ):
+        c = mixed(**ref)
+        loss, metrics = OBJECTIVES["dapo"](c, STEP, kl=kl, off_policy=OffPolicy(kl=off), clip_high=1.0)
+        loss.backward()
+        grads[name] = c.logprobs_N.grad
+        if name != "none":
+            differences = [0.2, -0.5] if estimator == "k1" else [math.exp(-0.2) + 0.2 - 1, math.exp(0.5) - 0.5 - 1]
+            assert float(metrics["kl"]) == pytest.approx(sum(differences) / 2)
+    assert torch.equal(grads["off"][1:3], grads["none"][1:3]) and not torch.isclose(grads["on"][1:3], grads["none"][1:3]).any()
+    assert torch.equal(grads["off"][[0, 3]], grads["on"][[0, 3]])
+
+
+def test_nobody_sampled_the_annotation_so_nothing_corrects_it() -> None:
+    """p_old / p_sampler: e^0.2 and e^-0.1 for the policy's tokens, 1 for the annotation's NaN."""
+    c = mixed(sampler_N=[-1.5, float("nan"), float("nan"), -1.3])
+    loss, metrics = OBJECTIVES["dapo"](c, STEP, importance_cap=2.0)
+    loss.backward()
+    assert c.logprobs_N.grad.tolist() == pytest.approx([0, -0.5, -0.5, -0.5 * math.exp(-0.2)])
+    assert float(metrics["correction"]) == pytest.approx((math.exp(0.2) + math.exp(-0.1)) / 2)
+
+
+def test_a_sequence_ratio_is_each_authors_own() -> None:
+    """Row 1: the policy wrote d alone (e^-0.1), the annotation b and c, log ratios 0.4 and -0.1, so e^0.15 for both."""
+    for mode, mean, bent in (
+        ("one", 1.0, 1.0),
+        ("recomputed", math.exp(0.15), math.exp(0.15)),
+        ("luffy", math.exp(-1.25), None),
+    ):
+        c = mixed()
+        loss, metrics = OBJECTIVES["gspo"](c, STEP, clip_low=0.9, clip_high=0.9, off_policy=OffPolicy(ratio=mode))
+        loss.backward()
+        value = bent or mean / (mean + 0.1)
+        assert float(metrics["reference/ratio"]) == pytest.approx(value)
+        slope = mean if bent else value * (1 - value)
+        assert c.logprobs_N.grad[1:3].tolist() == pytest.approx([-2 * slope / 6] * 2)
+        assert float(c.logprobs_N.grad[3]) == pytest.approx(-2 * math.exp(-0.1) / 6)
+
+
+def test_a_clip_that_would_not_apply_is_refused() -> None:
+    with pytest.raises(RftError, match="has no clip"):
+        OffPolicy(ratio="luffy", clip=True)
+    with pytest.raises(RftError, match="gamma"):
+        OffPolicy(ratio="luffy", gamma=0.0)
+
+
+def test_shares_leave_a_step_without_guidance_alone() -> None:
+    assert shares({"clipped": 0.1}) == {"clipped": 0.1}
+    assert shares({"ratio": 1.0, "pull": 4.0, "reference/pull": 1.0}) == {"ratio": 1.0, "reference/gradient_share": 0.25}
+    assert shares({"pull": 0.0, "reference/pull": 0.0}) == {}

@@ -23,7 +23,7 @@ def rolled(samples: list[Sample], size: int, limit: int = 40) -> tuple[list, lis
     asked = [Sample(id=s.id, task=s.task, row={"question": f"what is {s.id}?"}) for s in samples]
     prompts = [renderer.prompt(s) for s in asked]
     limits = Limits(max_tokens=limit)
-    return roll_out(asked, prompts, size, policy=policy, renderer=renderer, limits=limits, draw=(0, "t", 7)), met
+    return roll_out(asked, prompts, [size] * len(asked), policy=policy, renderer=renderer, limits=limits, draw=(0, "t", 7)), met
 
 
 def test_rollouts_come_in_groups_and_in_order() -> None:

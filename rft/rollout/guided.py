@@ -1,0 +1,89 @@
+"""The annotation joins groups, after the policy's rollouts were scored: gates, hints and splices need to know how it did.
+
+A group with a certain seat sampled one fewer, and the annotation takes the place that is left. A group with a gated seat
+sampled all, and a drawn member gives way: never the worst by choice, which would bias the group's mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from rft.algo.guidance import Guidance, drawn_seat, hint_length, opens
+from rft.rollout.policy import Context, Limits, Policy, stream_key
+from rft.rollout.reference import reference_rollout
+from rft.rollout.render import Renderer
+from rft.types import Group, Rollout, Sample, Scored, Segment
+
+Judge = Callable[[Sequence[tuple[Sample, Sequence[Rollout]]]], Sequence[Group]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Guide:
+    """What it takes to let the annotation in.
+
+    `judge` scores rollouts with the phase's rewards, `accuracy` says how right a member is (1 at best), and `draw` (seed,
+    step ...) with the sample keys whatever is drawn.
+    """
+
+    guidance: Guidance
+    size: int  # of a full group
+    policy: Policy
+    renderer: Renderer
+    limits: Limits
+    judge: Judge
+    accuracy: Callable[[Scored], float]
+    draw: tuple[object, ...]
+
+    def join(self, groups: Sequence[Group], prompts: Sequence[Segment], wanted: Sequence[bool]) -> list[Group]:
+        """The groups in order, those that want the annotation and whose gate is open with it; others as they are."""
+        groups = list(groups)
+        open_ones = [
+            i for i, w in enumerate(wanted) if w and opens(self.guidance, [self.accuracy(m) for m in groups[i].members])
+        ]
+        if self.guidance.hints:
+            return self._hinted(groups, prompts, open_ones)
+        joined = [(groups[i].sample, self._with_reference(groups[i], prompts[i])) for i in open_ones]
+        for i, group in zip(open_ones, self.judge(joined) if joined else (), strict=True):
+            groups[i] = group
+        return groups
+
+    def _with_reference(self, group: Group, prompt: Segment) -> tuple[Rollout, ...]:
+        rollouts = [m.rollout for m in group.members]
+        best = max(group.members, key=self.accuracy).rollout if group.members else None
+        g = self.guidance
+        reference = reference_rollout(group.sample, self.renderer, prompt, fill=g.fill, field=g.field, best=best)
+        if len(rollouts) < self.size:
+            return (*rollouts, reference)
+        rollouts[drawn_seat(len(rollouts), self._uniform(group.sample, "seat"))] = reference
+        return tuple(rollouts)
+
+    def _hinted(self, groups: list[Group], prompts: Sequence[Segment], failing: Sequence[int]) -> list[Group]:
+        """Failing groups are sampled again behind more and more of the annotation, until a member passes or hints end."""
+        for level in self.guidance.hints:
+            contexts = []
+            for i in failing:
+                whole = reference_rollout(groups[i].sample, self.renderer, prompts[i]).segments[-1].ids
+                hint = self.renderer.reply("reference", whole[: hint_length(level, len(whole))])
+                contexts += [
+                    Context(segments=(prompts[i], hint), key=stream_key(*self.draw, groups[i].sample.id, "hint", level, row))
+                    for row in range(self.size)
+                ]
+            replies = self.policy.extend(contexts, self.limits) if contexts else []
+            rollouts = [
+                Rollout(
+                    sample_id=groups[failing[k // self.size]].sample.id,
+                    segments=(*context.segments, self.renderer.reply("policy", reply.ids, logprobs=reply.logprobs)),
+                    stop=reply.stop,
+                    weights=reply.weights,
+                )
+                for k, (context, reply) in enumerate(zip(contexts, replies, strict=True))
+            ]
+            pairs = [(groups[i].sample, tuple(rollouts[k * self.size : (k + 1) * self.size])) for k, i in enumerate(failing)]
+            for i, group in zip(failing, self.judge(pairs) if pairs else (), strict=True):
+                groups[i] = group
+            failing = [i for i in failing if opens(self.guidance, [self.accuracy(m) for m in groups[i].members])]
+        return groups
+
+    def _uniform(self, sample: Sample, why: str) -> float:
+        return stream_key(*self.draw, sample.id, why) / 2**64
