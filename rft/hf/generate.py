@@ -75,8 +75,11 @@ class ModelPolicy:
         head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         each = 2 * text.num_hidden_layers * text.num_key_value_heads * head * dtype.itemsize
         room = self._room
-        if room is None:
-            room = int(0.6 * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else 4 << 30
+        if room is None and device.type == "cuda":
+            spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # the allocator's, unused
+            room = int(0.6 * (torch.cuda.mem_get_info(device)[0] + spare))
+        elif room is None:
+            room = 4 << 30
         return max(room // each, 1)
 
     def _packed(self, contexts: Sequence[Context], limits: Limits) -> list[Reply]:

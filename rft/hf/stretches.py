@@ -44,16 +44,10 @@ class Even:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Ragged:
-    """Stretches padded to [B, L] by repeating the first token: their results are dropped, their gradients are zero."""
+class Rows:
+    """Stretches of any lengths, one after the other."""
 
-    padded: Tensor  # [B x L] tokens of the row
-    shape: tuple[int, int]
-    tokens: Tensor  # [n] real tokens, and where they stand in B x L
-    places: Tensor
-
-    def take(self, x_HTD: Tensor) -> Tensor:
-        return x_HTD.index_select(1, self.padded).unflatten(1, self.shape).transpose(0, 1)
+    tokens: Tensor
 
     def read(self, x_HTD: Tensor) -> Tensor:
         return x_HTD.index_select(1, self.tokens)
@@ -63,6 +57,18 @@ class Ragged:
 
     def add(self, x_HTD: Tensor, values: Tensor) -> None:
         x_HTD.index_add_(1, self.tokens, values)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ragged(Rows):
+    """Rows padded to [B, L] by repeating the first token: their results are dropped, their gradients are zero."""
+
+    padded: Tensor  # [B x L] tokens of the row
+    shape: tuple[int, int]
+    places: Tensor  # [n] where the real tokens stand in B x L
+
+    def take(self, x_HTD: Tensor) -> Tensor:
+        return x_HTD.index_select(1, self.padded).unflatten(1, self.shape).transpose(0, 1)
 
     def flat(self, x_BHLD: Tensor) -> Tensor:
         return x_BHLD.transpose(0, 1).flatten(1, 2).index_select(1, self.places)
@@ -84,8 +90,8 @@ def where_of(stretches_S2: np.ndarray, device: torch.device) -> Even | Ragged:
     real = offsets < lengths[:, None]
     padded = np.where(real, starts[:, None] + offsets, starts[:, None]).reshape(-1)
     places = np.flatnonzero(real)
-    index = [torch.from_numpy(x).to(device) for x in (padded, padded[places], places)]
-    return Ragged(index[0], (len(starts), longest), index[1], index[2])
+    tokens, padded, places = (torch.from_numpy(x).to(device) for x in (padded[places], padded, places))
+    return Ragged(tokens, padded, (len(starts), longest), places)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -95,22 +101,6 @@ class Call:
     queries: Even | Ragged
     keys: Even | Ragged
     causal: bool
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Rows:
-    """Stretches of any lengths, one after the other."""
-
-    tokens: Tensor
-
-    def read(self, x_HTD: Tensor) -> Tensor:
-        return x_HTD.index_select(1, self.tokens)
-
-    def write(self, x_HTD: Tensor, values: Tensor) -> None:
-        x_HTD.index_copy_(1, self.tokens, values)
-
-    def add(self, x_HTD: Tensor, values: Tensor) -> None:
-        x_HTD.index_add_(1, self.tokens, values)
 
 
 def bundles_of(sweep: Sweep) -> list[np.ndarray]:
