@@ -38,6 +38,14 @@ class Quarantine:
         print(f"quarantined {len(self) + 1} of {self._total}, {sample_id}: {reason.where}: {reason.what}", flush=True)
         self._count(sample_id, reason)
 
+    def refuse(self, sample_id: str, reason: DataError, phase: str) -> None:
+        """Say that one phase leaves a sample out. Other phases may use it, and it is not counted."""
+        if self._path:
+            line = {"sample": sample_id, "phase": phase, "where": reason.where, "reason": reason.what, "do": reason.do}
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        print(f"phase {phase} leaves out {sample_id}: {reason.where}: {reason.what}", flush=True)
+
     def news(self) -> list[tuple[str, DataError]]:
         """What was put aside here since the last call, for the other ranks."""
         news, self._news = self._news, []

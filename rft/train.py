@@ -20,13 +20,14 @@ import torch
 import yaml
 from tqdm import tqdm
 
+from rft.algo.guidance import Guidance
 from rft.condition import Condition
 from rft.data.frames import FrameStore
 from rft.data.prefetch import Prefetcher
 from rft.data.samples import read_samples
 from rft.errors import DataError, RecipeError, RftError
 from rft.evaluation.baselines import best_constant, random_answer
-from rft.evaluation.contract import reference_earns_maximum
+from rft.evaluation.contract import Finding, reference_earns_maximum
 from rft.evaluation.scorecard import scorecard
 from rft.files import write_whole
 from rft.hf.arguments import arguments
@@ -47,8 +48,9 @@ from rft.report.table import table
 from rft.rollout.policy import Limits
 from rft.rollout.reference import reference_rollout
 from rft.rollout.render import Renderer
+from rft.scoring import Reward
 from rft.synthetic.world import make_world
-from rft.types import Sample, Segment
+from rft.types import Sample, Segment, View
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +166,7 @@ def _phase(run: Run, name: str, policy: LoadedModel, target: Path) -> dict[str, 
     renderer = renderer_for(recipe, policy, phase)
     room = int(recipe.vision_memory_gb * 2**30)
     lens = policy.lens(run.frames, phase.sampling.temperature, policy.memory(run.frames, room))
-    seen = replace(lens, memory=policy.memory(run.frames, room))  # an evaluation does not disturb what a step still needs
+    seen = replace(lens, memory=policy.memory(run.frames, 0))  # an evaluation does not disturb what a step still needs
     limits = Limits(max_tokens=recipe.evaluation.max_tokens, temperature=recipe.evaluation.temperature)
 
     def evaluate(split: str, model: torch.nn.Module) -> dict[str, float]:
@@ -176,7 +178,7 @@ def _phase(run: Run, name: str, policy: LoadedModel, target: Path) -> dict[str, 
         name=name,
         phase=phase,
         seed=recipe.seed,
-        samples=_askable(run, renderer, phase),
+        samples=_askable(run, renderer, name, phase),
         renderer=renderer,
         rewards=run.loaded.rewards(phase),
         lens=lens,
@@ -193,7 +195,8 @@ def _phase(run: Run, name: str, policy: LoadedModel, target: Path) -> dict[str, 
     tokens = most_tokens(recipe, phase, packed=packed)
     checkpointing, why = recipe.gradient_checkpointing, "the recipe says so"
     if checkpointing == "auto":
-        checkpointing, why = needs_checkpointing(policy.model, tokens, world=together.size)
+        has_copy = phase.kl.weight > 0 and not recipe.lora and not phase.supervised
+        checkpointing, why = needs_checkpointing(policy.model, tokens, world=together.size, copies=int(has_copy), room=room)
     trainer = GroupTrainer(
         policy,
         stage,
@@ -250,8 +253,8 @@ def _ahead(run: Run, stage: Stage) -> Callable[[Sequence[int]], None]:
     return ahead
 
 
-def _askable(run: Run, renderer: Renderer, phase: Phase) -> list[Sample]:
-    """Training samples with their messages, as far as they can be asked; the others are quarantined.
+def _askable(run: Run, renderer: Renderer, name: str, phase: Phase) -> list[Sample]:
+    """Training samples with their messages, as far as they can be asked in this phase; the others are named.
 
     Where the annotation may join a group, it has to earn the maximum: one that is reversed, say, would teach the opposite.
     """
@@ -262,17 +265,33 @@ def _askable(run: Run, renderer: Renderer, phase: Phase) -> list[Sample]:
             if phase.supervised:
                 renderer.answer_text(sample)
             if phase.guidance:
-                reference = reference_rollout(sample, renderer, Segment(author="world", text=""))
-                for finding in reference_earns_maximum(rewards, [sample], [reference], {}):
-                    raise DataError(f"sample {sample.id}", finding.what, finding.do)
+                _deserves_a_seat(sample, renderer, rewards, phase.guidance)
             askable.append(replace(sample, messages=tuple(renderer.messages(sample))))
         except DataError as error:
             refused.append((sample.id, error))
     if run.together.rank == 0:
         for sample_id, error in refused:
-            run.quarantine.add(sample_id, error)
-    run.quarantine.hear(refused)
+            run.quarantine.refuse(sample_id, error, name)
+    share, most = len(refused) / len(run.splits["train"]), run.loaded.recipe.data.max_bad_share
+    if share > most + 1e-9:
+        what = f"{len(refused)} samples cannot be used, more than data.max_bad_share={most:g}; the last: {refused[-1][1].what}"
+        raise DataError(f"phase {name}", what, "repair or drop these samples, or raise data.max_bad_share")
     return askable
+
+
+def _deserves_a_seat(sample: Sample, renderer: Renderer, rewards: Sequence[Reward], guidance: Guidance) -> None:
+    """Raise DataError when the annotation, as the group will see it, does not earn the maximum.
+
+    Views are opened only where a reward fails without them.
+    """
+
+    def findings(*views: View) -> list[Finding]:
+        world = Segment(author="world", text="", views=views)
+        reference = reference_rollout(sample, renderer, world, fill=guidance.fill, field=guidance.field)
+        return reference_earns_maximum(rewards, [sample], [reference], {})
+
+    if findings() and (found := findings(*(renderer.view(sample, i) for i in range(len(sample.media))))):
+        raise DataError(f"sample {sample.id}", found[0].what, found[0].do)
 
 
 def _open_folder(loaded: Loaded, output: str | None) -> Path:

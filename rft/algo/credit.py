@@ -30,13 +30,18 @@ def credit(
     they reshape the total. With `mask_truncated` a rollout that was cut at the limit keeps its place in the group's
     statistics and has weight 0.
     """
-    advantages = [0.0] * len(group.members)
+    given = [0.0] * len(group.members)
     if estimator is not None and not group.muted:
-        advantages = estimator(*_earned(group), **_part(group, estimator, accuracy), **params).tolist()
+        given = advantages(group, estimator, accuracy=accuracy, **params)
     return tuple(
         example(m.rollout, a, weight=0.0 if mask_truncated and m.rollout.stop == "length" else 1.0)
-        for m, a in zip(group.members, advantages, strict=True)
+        for m, a in zip(group.members, given, strict=True)
     )
+
+
+def advantages(group: Group, estimator: Estimator, *, accuracy: Accuracy | None = None, **params: object) -> list[float]:
+    """What the estimator gives each member, in order; the arguments are those of `credit`."""
+    return estimator(*_earned(group), **_part(group, estimator, accuracy), **params).tolist()
 
 
 def compared(group: Group, estimator: Estimator, *, accuracy: Accuracy | None = None, **params: object) -> list[float]:

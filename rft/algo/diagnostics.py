@@ -26,12 +26,12 @@ def describe(groups: Sequence[Group], *, guided: bool = False) -> dict[str, list
             for member in (m for m in group.members if m.rollout.is_reference):
                 add("reference/reward", member.reward)
                 add("reference/tokens", member.rollout.num_tokens)
+        add("muted", bool(group.muted))
         if not members:
             continue
         rewards = [m.reward for m in members]
         add("reward", fmean(rewards))
         add("reward_std", pstdev(rewards))
-        add("muted", bool(group.muted))
         for member in members:
             add("completion_tokens", member.rollout.num_tokens)
             add("truncated", member.rollout.stop == "length")

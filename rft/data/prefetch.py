@@ -63,17 +63,15 @@ class Prefetcher:
     def ahead(self, views: Iterable[View]) -> None:
         """Have the views decoded that the store does not hold, in this order. Returns at once.
 
-        Of more than 64 that wait the oldest fall off. What cannot be read is left to whoever gets it.
+        While 64 wait no more are taken: those are needed first. What cannot be read is left to whoever gets it.
         """
         for view in views if self._threads else ():
             if self._store.is_full or num_bytes(view) > self._store.max_bytes or self._store.has(view):
                 continue  # what is not kept would be decoded twice
             with suppress(DataError), self._changed:
                 name = entry_name(view)
-                if name not in self._running and self._deaths[name] < 2:
+                if name not in self._running and self._deaths[name] < 2 and len(self._queue) < MAX_QUEUED:
                     self._queue.setdefault(name, view)
-                    if len(self._queue) > MAX_QUEUED:
-                        self._queue.popitem(last=False)
                     self._changed.notify()
 
     def close(self) -> None:

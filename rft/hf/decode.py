@@ -46,7 +46,8 @@ class Branches:
     def __init__(
         self, prefix: Sequence[tuple[Tensor, Tensor]], spans: np.ndarray, paths: Sequence[Sequence[int]], most: int
     ) -> None:
-        self._prefix, self._spans, self._paths, self._most = prefix, spans, paths, most
+        self._prefix, self._spans, self._paths, self._most = list(prefix), spans, paths, most
+        self._laid: list[int] = list(range(len(spans)))  # nodes, in the order in which their keys lie
         self.position = 0
         self._clock: Tensor | None = None
         self._own: list[tuple[Tensor, Tensor]] = []
@@ -83,7 +84,24 @@ class Branches:
             own.append(tuple(new))
         self._own = own
 
+    def _lay(self) -> None:
+        """Keys and values of the nodes that are still seen, level by level: a sweep's are one run, and are not copied."""
+        paths = [self._paths[r] for r in self.rows]
+        wanted = list(dict.fromkeys(p[level] for level in range(max(map(len, paths))) for p in paths if level < len(p)))
+        if wanted == self._laid:
+            return
+        tokens = np.concatenate([np.arange(*self._spans[node]) for node in wanted])
+        index = torch.from_numpy(tokens).to(self._prefix[0][0].device)
+        for layer, (keys, values) in enumerate(self._prefix):
+            self._prefix[layer] = (keys.index_select(1, index), values.index_select(1, index))
+        lengths = np.diff(self._spans[wanted], axis=1)[:, 0]
+        stops = np.cumsum(lengths)
+        self._spans = self._spans.copy()
+        self._spans[wanted] = np.stack([stops - lengths, stops], axis=1)
+        self._laid = wanted
+
     def _planned(self) -> Plan:
+        self._lay()
         device, sweeps = self._prefix[0][0].device, []
         for level in range(max(len(self._paths[r]) for r in self.rows)):
             node_B = np.array([self._paths[r][level] if level < len(self._paths[r]) else -1 for r in self.rows])

@@ -66,7 +66,8 @@ class ModelPolicy:
                 cost = limits.max_tokens + sum(len(s.ids) for s in context.segments)
             tokens += cost
             met.add(prefix)
-        yield contexts[begin:]
+        if contexts:
+            yield contexts[begin:]
 
     def _tokens(self) -> int:
         """Tokens whose keys and values have room."""
@@ -139,7 +140,10 @@ class ModelPolicy:
             logits.append(self._model(use_cache=False, **{**inputs, **kept}).logits[0])
             layers.append([keeper.layers[i] for i in sorted(keeper.layers)])
             begin = stop
-        prefix = [tuple(torch.cat(kind, dim=1) for kind in zip(*layer, strict=True)) for layer in zip(*layers, strict=True)]
+        prefix = []
+        while layers[0]:  # layer by layer: not everything twice
+            parts = [chunk.pop(0) for chunk in layers]
+            prefix.append(parts[0] if len(parts) == 1 else tuple(torch.cat(kind, dim=1) for kind in zip(*parts, strict=True)))
         last_E = torch.tensor([int(nodes[e].positions_3T[0, -1]) + 1 for e in ends], device=logits[0].device)
         return torch.cat(logits), prefix, last_E
 

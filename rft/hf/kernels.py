@@ -12,7 +12,7 @@ fewer: grouped queries), `T` tokens of the row, `D` head size, `B` stretches of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor
@@ -217,7 +217,8 @@ def _masked(q_BH1D: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, hidden_T: Tensor, sc
     B, H, _, D = q_BH1D.shape
     heads = k_BHTD.shape[1]
     q = q_BH1D.reshape(B, heads, H // heads, D)
-    scores = ((q.float() @ k_BHTD.float().transpose(-1, -2)) * scale).masked_fill(hidden_T, float("-inf"))
+    with torch.autocast("cuda" if q.is_cuda else "cpu", enabled=False):  # it would take the product back to bfloat16
+        scores = ((q.float() @ k_BHTD.float().transpose(-1, -2)) * scale).masked_fill(hidden_T, float("-inf"))
     lse = scores.logsumexp(-1)
     out = (scores - lse[..., None]).exp().to(v_BHTD.dtype) @ v_BHTD
     return out.reshape(B, H, 1, D), lse.reshape(B, H, 1)
@@ -225,7 +226,8 @@ def _masked(q_BH1D: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, hidden_T: Tensor, sc
 
 def _scores(q: Tensor, k: Tensor, causal: bool, scale: float) -> Tensor:
     """Written out, where there is no flash kernel: float32 on a GPU."""
-    scores = (q.float() @ k.float().transpose(-1, -2)) * scale
+    with torch.autocast("cuda" if q.is_cuda else "cpu", enabled=False):
+        scores = (q.float() @ k.float().transpose(-1, -2)) * scale
     if causal:
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
         scores = scores.masked_fill(hidden, float("-inf"))
@@ -269,6 +271,7 @@ def varlen_gradients(
         yield queries, keys, dq.transpose(0, 1), dk.transpose(0, 1), dv.transpose(0, 1)
 
 
+@cache
 def _flash_package():
     """flash-attn, where it is installed."""
     try:

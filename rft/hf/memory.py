@@ -27,13 +27,14 @@ def most_tokens(recipe: Recipe, phase: Phase, *, packed: bool) -> int:
     size = 1 if phase.supervised else phase.group_size
     written = size * phase.sampling.max_tokens
     group = recipe.max_prompt_tokens * (1 if packed else size) + written
-    tokens = phase.groups_per_device * group
-    return min(tokens, recipe.max_tokens_per_pass) if recipe.max_tokens_per_pass else tokens
+    return phase.groups_per_device * group  # in several passes, too: where a model is sharded one backward keeps them all
 
 
-def needs_checkpointing(model: Any, tokens: int, *, world: int) -> tuple[bool, str]:
-    """Whether activations of `tokens` tokens would not fit beside weights, gradients and Adam's states, and the sum.
+def needs_checkpointing(model: Any, tokens: int, *, world: int, copies: int = 0, room: int = 0) -> tuple[bool, str]:
+    """Whether activations of `tokens` tokens would not fit beside what else a step holds, and the sum.
 
+    That is: weights, those of `copies` reference models, gradients and Adam's states, the rounded weights that autocast
+    keeps, and `room` bytes of vision memory. A vision tower that learns keeps activations of its own, which are not counted.
     On a CPU they always fit: nobody trains a large model there.
     """
     parameter = next(model.parameters())
@@ -41,9 +42,10 @@ def needs_checkpointing(model: Any, tokens: int, *, world: int) -> tuple[bool, s
         return False, "on a CPU activations are kept"
     counts = [(getattr(p, "ds_numel", None) or p.numel(), p.requires_grad, p.element_size()) for p in model.parameters()]
     weights = sum(n * size for n, _, size in counts)
-    states = sum(n for n, learns, _ in counts if learns) * 12  # float32 gradient and two moments
+    states = sum(n for n, learns, _ in counts if learns) * 14  # float32 gradient, two moments, and a rounded copy
+    states += copies * sum(n for n, _, _ in counts) * 2
     sharded = any(hasattr(p, "ds_numel") for p in model.parameters())
-    fixed = (weights + states) / (world if sharded else 1)
+    fixed = (weights + states) / (world if sharded else 1) + room
     kept = tokens * activation_bytes(model.config.text_config, 2)
     total = torch.cuda.get_device_properties(0).total_memory
     sizes = f"{kept / 2**30:.1f} GiB of activations for {tokens} tokens, {fixed / 2**30:.1f} GiB of weights and states, "

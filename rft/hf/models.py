@@ -111,6 +111,8 @@ def sharing_of(model: Any, recipe: Recipe) -> tuple[Literal["packed", "expanded"
     why = cannot_share(model)
     if recipe.attention != "sdpa":
         why = f"attention: {recipe.attention} is the library's own"
+    elif torch.cuda.is_available() and pick_dtype(recipe.dtype) == torch.float32 and recipe.sharing == "auto":
+        why = "this GPU has no flash kernel for float32, and trees would be written out"
     elif recipe.lora and recipe.lora.dropout:
         why = "lora.dropout draws a mask per row, and a shared prompt would have one for the whole group"
     if why and recipe.sharing == "packed":
@@ -136,7 +138,8 @@ def load_whole(path: str, *, dtype: torch.dtype | str, attention: str) -> Any:
 def pick_dtype(name: str) -> torch.dtype:
     """The recipe's dtype; auto is bfloat16 on a GPU that has it and float32 elsewhere."""
     if name == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+        has_it = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_it else torch.float32
     return getattr(torch, name)
 
 

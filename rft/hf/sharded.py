@@ -7,6 +7,12 @@ from contextlib import contextmanager
 
 import torch
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether parameters are spread over ranks, by ZeRO-3 or FSDP2."""
+    return any(hasattr(p, "ds_id") or isinstance(p, DTensor) for p in model.parameters())
 
 
 @contextmanager

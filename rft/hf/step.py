@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from rft.algo import ESTIMATORS, OBJECTIVES
-from rft.algo.credit import accuracy_of, batch_std, compared, credit
+from rft.algo.credit import accuracy_of, advantages, batch_std, compared, credit
 from rft.algo.diagnostics import describe
 from rft.algo.filters import mute
 from rft.algo.guidance import is_certain, wants_seat
@@ -22,7 +24,9 @@ from rft.algo.losses import Columns, Normaliser, policy_share
 from rft.data.pack import pack, split
 from rft.errors import DataError
 from rft.hf.generate import ModelPolicy
+from rft.hf.head import plain
 from rft.hf.logprobs import Lens, token_logprobs
+from rft.hf.sharded import is_sharded
 from rft.hf.together import Together
 from rft.quarantine import Quarantine
 from rft.recipe import Phase
@@ -70,9 +74,9 @@ class Stage:
 
     @property
     def accuracy(self) -> dict[str, float] | None:
-        """Weights of the rewards that say how right an answer is; None where that is the whole reward."""
-        names = self.phase.accuracy
-        return {r.name: r.weight for r in self.rewards if r.name in names} if names else None
+        """Weights of the rewards that say how right an answer is: the only one, where none is named; None is all of them."""
+        names = self.phase.accuracy or [r.name for r in self.rewards if len(self.rewards) == 1]
+        return {r.name: r.weight for r in self.rewards if r.name in names} or None
 
     def step(
         self,
@@ -174,7 +178,7 @@ class Stage:
             rollouts = roll_out(samples, prompts, sizes, policy=policy, renderer=self.renderer, limits=self.limits, draw=draw)
             alone = judged(list(zip(samples, rollouts, strict=True)))
             if guidance is None:
-                return alone, list(mute(alone))
+                return alone, list(mute(alone, self.advantages))
             guide = Guide(
                 guidance=guidance,
                 size=size,
@@ -182,10 +186,11 @@ class Stage:
                 renderer=self.renderer,
                 limits=self.limits,
                 judge=judged,
+                compares_siblings=any(r.per == "group" for r in self.rewards),
                 accuracy=lambda member: accuracy_of(member, self.accuracy)[0],
                 draw=draw,
             )
-            return alone, list(mute(guide.join(alone, prompts, wanted)))
+            return alone, list(mute(guide.join(alone, prompts, wanted), self.advantages))
 
         failed: dict[str, int] = {}
         alone, groups = rolled(samples, prompts)
@@ -204,13 +209,24 @@ class Stage:
                 groups[i] = group
         return groups, metrics | {f"reward/{name}/failed": [float(n)] for name, n in failed.items() if n}
 
+    def advantages(self, group: Group) -> list[float]:
+        """What the phase's estimator gives the members of a group, up to a scale where that is the batch's."""
+        params = dict(self.phase.estimator_args)
+        if params.get("std") == "batch":
+            params["batch_std"] = 1.0
+        return advantages(group, ESTIMATORS[self.phase.estimator], accuracy=self._shaped, **params)
+
+    @property
+    def _shaped(self) -> dict[str, float] | None:
+        return self.accuracy if self.phase.shape_target == "accuracy" else None
+
     def credit(self, groups: Sequence[Group], together: Together) -> list[tuple[Example, ...]]:
         """Examples of each group; a batch-wide standard deviation is taken over all ranks."""
         if self.phase.supervised:
             return [credit(g, None) for g in groups]
         params = dict(self.phase.estimator_args)
         estimator = ESTIMATORS[self.phase.estimator]
-        accuracy = self.accuracy if self.phase.shape_target == "accuracy" else None
+        accuracy = self._shaped
         if params.get("std") == "batch":
             mine = [compared(g, estimator, accuracy=accuracy, **params) for g in groups]
             params["batch_std"] = batch_std([values for theirs in together.gather(mine) for values in theirs])
@@ -287,10 +303,14 @@ class Stage:
         phase = self.phase
         temperature = 1.0 if phase.supervised else None
         batches = [b for b in batches if self.teaches(b.pack)]
-        parts = [
-            token_logprobs(model, packs, self.lens, temperature=temperature, kinds=agreed.kinds)
-            for packs in self.passes([b.pack for b in batches], together)
-        ]
+        *early, last = self.passes([b.pack for b in batches], together)
+        # Only the last pass goes through the wrapper and keeps its activations. The others are run again when their gradient
+        # is due; a sharded model cannot do that, since its ranks gather in step.
+        again = token_logprobs if is_sharded(model) else partial(checkpoint, token_logprobs, use_reentrant=False)
+        inner = model if is_sharded(model) else plain(model)
+        given = {"temperature": temperature, "kinds": agreed.kinds}
+        parts = [again(inner, packs, self.lens, **given) for packs in early]
+        parts.append(token_logprobs(model, last, self.lens, **given))
         logprobs_N, entropy_N = (torch.cat(column) for column in zip(*parts, strict=True))
         columns = columns_of(batches, logprobs_N, guided=phase.guidance is not None and not phase.supervised)
         loss, sums = OBJECTIVES[phase.objective](

@@ -41,4 +41,4 @@ class RolloutLog:
                     )
                 )
         with self.path.open("a", encoding="utf-8") as file:
-            file.write("\n".join(lines) + "\n")
+            file.writelines(line + "\n" for line in lines)

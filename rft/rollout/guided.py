@@ -1,13 +1,15 @@
 """The annotation joins groups, after the policy's rollouts were scored: gates, hints and splices need to know how it did.
 
 A group with a certain seat sampled one fewer, and the annotation takes the place that is left. A group with a gated seat
-sampled all, and a drawn member gives way: never the worst by choice, which would bias the group's mean.
+sampled all, and a drawn member gives way to it: never the worst by choice, which would bias the group's mean. The annotation is
+the last member either way.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rft.algo.guidance import Guidance, drawn_seat, hint_length, opens
 from rft.rollout.policy import Context, Limits, Policy, stream_key
@@ -32,6 +34,7 @@ class Guide:
     renderer: Renderer
     limits: Limits
     judge: Judge
+    compares_siblings: bool  # some reward looks at the whole group: all are judged again when a member joins
     accuracy: Callable[[Scored], float]
     draw: tuple[object, ...]
 
@@ -43,30 +46,49 @@ class Guide:
         ]
         if self.guidance.hints:
             return self._hinted(groups, prompts, open_ones)
-        joined = [(groups[i].sample, self._with_reference(groups[i], prompts[i])) for i in open_ones]
-        for i, group in zip(open_ones, self.judge(joined) if joined else (), strict=True):
-            groups[i] = group
+        kept = [self._seated(groups[i]) for i in open_ones]
+        references = [self._reference(groups[i], prompts[i]) for i in open_ones]
+        if self.compares_siblings:
+            pairs = [
+                (groups[i].sample, (*(m.rollout for m in members), reference))
+                for i, members, reference in zip(open_ones, kept, references, strict=True)
+            ]
+        else:
+            pairs = [(groups[i].sample, (reference,)) for i, reference in zip(open_ones, references, strict=True)]
+        for i, members, judged in zip(open_ones, kept, self.judge(pairs) if pairs else (), strict=True):
+            whole = judged.members if self.compares_siblings else (*members, *judged.members)
+            groups[i] = replace(judged, members=whole, muted=groups[i].muted or judged.muted)
         return groups
 
-    def _with_reference(self, group: Group, prompt: Segment) -> tuple[Rollout, ...]:
-        rollouts = [m.rollout for m in group.members]
+    def _seated(self, group: Group) -> tuple[Scored, ...]:
+        """The members that stay: all where a seat is free, else all but a drawn one."""
+        if len(group.members) < self.size:
+            return group.members
+        drawn = drawn_seat(len(group.members), self._uniform(group.sample, "seat"))
+        return (*group.members[:drawn], *group.members[drawn + 1 :])
+
+    def _reference(self, group: Group, prompt: Segment) -> Rollout:
         best = max(group.members, key=self.accuracy).rollout if group.members else None
         g = self.guidance
-        reference = reference_rollout(group.sample, self.renderer, prompt, fill=g.fill, field=g.field, best=best)
-        if len(rollouts) < self.size:
-            return (*rollouts, reference)
-        rollouts[drawn_seat(len(rollouts), self._uniform(group.sample, "seat"))] = reference
-        return tuple(rollouts)
+        return reference_rollout(group.sample, self.renderer, prompt, fill=g.fill, field=g.field, best=best)
 
     def _hinted(self, groups: list[Group], prompts: Sequence[Segment], failing: Sequence[int]) -> list[Group]:
         """Failing groups are sampled again behind more and more of the annotation, until a member passes or hints end."""
+        met: Counter[str] = Counter()
+        again = []
+        for group in groups:  # a sample met twice is explored twice, not copied
+            again.append(met[group.sample.id])
+            met[group.sample.id] += 1
         for level in self.guidance.hints:
             contexts = []
             for i in failing:
                 whole = reference_rollout(groups[i].sample, self.renderer, prompts[i]).segments[-1].ids
                 hint = self.renderer.reply("reference", whole[: hint_length(level, len(whole))])
                 contexts += [
-                    Context(segments=(prompts[i], hint), key=stream_key(*self.draw, groups[i].sample.id, "hint", level, row))
+                    Context(
+                        segments=(prompts[i], hint),
+                        key=stream_key(*self.draw, groups[i].sample.id, "hint", again[i], level, row),
+                    )
                     for row in range(self.size)
                 ]
             replies = self.policy.extend(contexts, self.limits) if contexts else []

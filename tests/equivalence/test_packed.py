@@ -297,10 +297,31 @@ def test_forwards_cut_by_tokens_are_one_gradient(bench: Bench, forwards: int) ->
     with counting(bench.model, met):
         whole = losses(bench.model, stage, batches, agreed)
         cut = losses(bench.model, replace(stage, max_tokens_per_pass=limit), batches, agreed)
-    assert met[0] == sum(sizes) and len(met[1:]) == forwards
+    assert met[0] == sum(sizes) and len(met[1:]) == 2 * forwards - 1  # all but the last are run again in the backward
     assert limit == 1 or max(met[1:]) <= limit
     assert_equal(cut, whole)
     assert_stages_equal(bench.model, replace(stage, max_tokens_per_pass=limit), batches, agreed)
+
+
+def test_forwards_cut_by_tokens_keep_less(bench: Bench) -> None:
+    """Bytes that wait for the backward: those of one forward, and not of all."""
+    kept = []
+    for limit in (0, 60):
+        stage = replace(bench.stage, max_tokens_per_pass=limit)
+        batches = [Batch(pack=p) for p in packs_of(bench.stage, RAGGED)]
+        agreed = stage.agree([b.pack for b in batches], ALONE)
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss, _ = stage.loss(bench.model, batches, agreed, ALONE)
+        loss.backward()
+        weights = {p.untyped_storage().data_ptr() for p in bench.model.parameters()}
+        kept.append(sum(size for place, size in sizes.items() if place not in weights))
+    assert kept[1] < 0.7 * kept[0]
 
 
 def test_groups_without_signal_are_spared_and_still_count(bench: Bench, world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

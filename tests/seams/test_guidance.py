@@ -58,11 +58,19 @@ def test_a_gate_is_open_only_where_nobody_passes(tiny_folders: dict[str, Path], 
     assert [sum(s) for s in seats] == [0, 0, 1, 1]
     assert all(len(group) == 8 for group in authors)
     assert len(metrics["reward"]) == 4 and len(metrics["completion_tokens"]) == 32  # as the policy left them
-    drawn = set()
+    assert all(group[-1] == [REFERENCE] for group in authors[2:])
+    _, plain = guided(tiny_folders["qwen2_5_vl"], world, None, reward, group_size=8)
+    drawn = []
     for seed in range(6):
-        authors, _ = groups_of(policy, replace(stage, seed=seed))
-        drawn |= {group.index([REFERENCE]) for group in authors[2:]}
-    assert len(drawn) > 3  # any member, not the worst or the last
+        wrote = []
+        for one in (plain, stage):
+            again = replace(one, seed=seed)
+            batches, _, _ = again.step(EVERY, model=policy.model, reference=None, step=0, together=Together())
+            wrote.append([[e.ids_T.tolist() for e in b.pack.examples] for b in batches])
+        for alone, joined in zip(wrote[0][2:], wrote[1][2:], strict=True):
+            (gone,) = [i for i in range(8) if alone[:i] + alone[i + 1 :] == joined[:-1]][:1]
+            drawn.append(gone)
+    assert len(set(drawn)) > 3  # any member, not the worst or the last
 
 
 def test_hints_give_away_more_and_more(tiny_folders: dict[str, Path], world: Path) -> None:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from rft.algo.filters import mute
 from rft.errors import DataError
 from rft.hf.together import Together
 from rft.quarantine import Quarantine
-from rft.types import Rollout, Sample
+from rft.scoring import Reward, score
+from rft.types import Rollout, Sample, Segment
 from tests.stages import length_reward, opened, phase_of, stage_of
 
 
@@ -33,6 +35,33 @@ def test_refill_replaces_silent_groups_up_to_n_times(tiny_folders: dict[str, Pat
     assert shares == {0: 0.5, 3: 0.5}
     assert trained[0] == [f"train_0000{i}" for i in range(4)]
     assert not set(trained[3]) & silent and trained[3][2:] == trained[0][2:]
+
+
+def test_a_rank_with_nothing_to_refill_waits_for_the_others(tiny_folders: dict[str, Path], world: Path) -> None:
+    class Elsewhere(Together):
+        def any(self, value: bool) -> bool:
+            return True  # another rank has a silent group
+
+    phase = phase_of(refill=2)
+    policy = opened(tiny_folders["qwen2_5_vl"], phase)
+    stage = stage_of(policy, phase, world)
+    for sharing in ("packed", "expanded"):
+        one = replace(stage, lens=replace(stage.lens, sharing=sharing))
+        batches, _, _ = one.step([0, 1], model=policy.model, reference=None, step=0, together=Elsewhere())
+        assert len(batches) == 2
+
+
+def test_equal_totals_of_different_accuracy_are_a_signal(tiny_folders: dict[str, Path], world: Path) -> None:
+    """What is muted follows the estimator: right and untagged against wrong and tagged, 1 + 0 and 0 + 1."""
+    for estimator, muted in (("grpo", True), ("nonlinear", False)):
+        phase = phase_of(estimator=estimator, accuracy=("length",))
+        stage = stage_of(opened(tiny_folders["qwen2_5_vl"], phase), phase, world)
+        right = Reward(name="length", function=lambda rollout, sample: float(len(rollout.text) % 2))
+        rest = Reward(name="rest", function=lambda rollout, sample: 1.0 - len(rollout.text) % 2)
+        stage = replace(stage, rewards=[right, rest])
+        rollouts = [Rollout(sample_id=stage.samples[0].id, segments=(Segment(author="policy", text="x" * n),)) for n in (1, 2)]
+        (group,), _ = score([(stage.samples[0], rollouts)], stage.rewards)
+        assert bool(mute([group], stage.advantages)[0].muted) == muted
 
 
 def test_an_unreadable_sample_is_quarantined_and_another_drawn(

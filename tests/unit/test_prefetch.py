@@ -95,7 +95,7 @@ def test_what_runs_is_waited_for_and_what_waits_is_not(ready: Prefetcher, shown:
     assert store.misses == misses + 1
 
 
-def test_the_oldest_fall_off(ready: Prefetcher, shown: View, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_needed_first_is_not_pushed_out(ready: Prefetcher, shown: View, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefetch, "MAX_QUEUED", 3)
     store, (first, *rest) = ready._store, views(shown, 2)
     pid = worker(ready)
@@ -104,11 +104,11 @@ def test_the_oldest_fall_off(ready: Prefetcher, shown: View, monkeypatch: pytest
         ready.ahead([first])
         until(lambda: ready._running)
         ready.ahead([*rest, *rest])  # twice: no view waits twice
-        assert list(ready._queue.values()) == rest[-3:]
+        assert list(ready._queue.values()) == rest[:3]
     finally:
         os.kill(pid, signal.SIGCONT)
-    until(lambda: all(map(store.has, rest[-3:])))
-    assert not any(map(store.has, rest[:-3]))
+    until(lambda: all(map(store.has, rest[:3])))
+    assert not any(map(store.has, rest[3:]))
 
 
 def test_bad_media_is_the_error_of_whoever_gets_it(ready: Prefetcher, tmp_path: Path) -> None:
