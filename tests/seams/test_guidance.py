@@ -12,6 +12,7 @@ import torch
 
 from rft.algo.guidance import Guidance
 from rft.algo.losses import OffPolicy
+from rft.errors import DataError
 from rft.hf.step import Stage
 from rft.hf.together import Together
 from rft.rollout.policy import Scripted
@@ -161,3 +162,19 @@ def test_an_annotation_that_does_not_earn_the_maximum_is_refused_by_name(world: 
     train(str(ROOT / "recipes/charades_sta/tempsamp.yaml"), sets, str(tmp_path / "run"))
     refused = [json.loads(line) for line in (tmp_path / "run" / "quarantine.jsonl").read_text().splitlines()]
     assert len(refused) == 1 and rows[3]["id"] in json.dumps(refused[0])
+
+
+def test_a_missing_rationale_is_known_before_training(world: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()][:4]
+    for row in rows:
+        row["video"] = str(world / row["video"])
+    rows[0]["why"] = "a square"
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    sets = [
+        *shortened("recipes/charades_sta/tempsamp.yaml", tmp_path / "train.jsonl"),
+        "data.test=",
+        "phases.answer.guidance={fill: from_field, field: why}",
+    ]
+    with pytest.raises(DataError, match="3 samples cannot be used.*'why' holds no rationale"):
+        train(str(ROOT / "recipes/charades_sta/tempsamp.yaml"), sets, str(tmp_path / "run"))
+    assert (tmp_path / "run" / "quarantine.jsonl").read_text().count("holds no rationale") == 3
