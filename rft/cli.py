@@ -66,6 +66,11 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--arms", default="", metavar="A,B", help="only these; default: all but expanded-fair")
     bench.add_argument("--sweep", action="store_true", help="also the speed-up over the group size and over P / C")
     bench.add_argument("--output", default="bench.json", metavar="FILE.json", help="FILE.png goes beside it")
+    study = command("study", _study, "Run recipes against each other over seeds, and judge a claim about them.", recipe=False)
+    study.add_argument("study", help="a YAML file with `study:`: a path, or recipes/study/... of the package")
+    study.add_argument("--seeds", type=_seeds, default=(), metavar="0,1,2", help="instead of the study's")
+    study.add_argument("--smoke", action="store_true", help="its short version: everything runs, nothing is claimed")
+    study.add_argument("--output", metavar="DIR", help="its folder, taken up again where it was cut; default: runs/NAME")
     export = command("export", _export, "Write a checkpoint as a plain model folder.", recipe=False)
     export.add_argument("checkpoint", help="a checkpoint folder")
     export.add_argument("output", help="the folder to write")
@@ -87,6 +92,13 @@ def _number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
     return int(text)
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of seeds, e.g. 0,1,2")
+    return tuple(int(part) for part in parts)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -122,6 +134,12 @@ def _bench(options: argparse.Namespace) -> None:
         arms=[name for name in options.arms.split(",") if name],
         scaling=options.sweep,
     )
+
+
+def _study(options: argparse.Namespace) -> int:
+    from rft.cluster.study import run_study
+
+    return run_study(options.study, seeds=options.seeds, smoke=options.smoke, output=options.output)
 
 
 def _show(options: argparse.Namespace) -> None:

@@ -53,7 +53,7 @@ class World:
     fps: int = 4  # of the file
     tick: float = 1.0  # spans begin and end on multiples of it, in seconds
     longest: float = 0.0  # seconds that a square is visible at most; 0 is any two ticks
-    objects: int = 1  # squares in a clip, each with a span; from 2 on they differ in colour and the question names one
+    objects: int = 1  # squares in a clip at most, each with its own span; from 2 on of a colour, and the question names one
     size: int = 28  # pixels per side
     seed: int = 0
 

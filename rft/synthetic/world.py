@@ -1,12 +1,12 @@
 """Clips of static noise in which squares appear from one second to another, as real mp4 files and JSONL.
 
-One bright square, or several in different colours: then each has a span of its own, and the question names one of them.
+One bright square, or up to several in different colours: then each has a span of its own, and the question names one of them.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import av
@@ -16,7 +16,7 @@ from rft.recipe import SPLITS, World
 
 QUESTION = "When is the square visible?"
 BRIGHT = (235, 235, 235)
-COLOURS = {"red": (220, 30, 30), "green": (30, 190, 50), "blue": (50, 70, 245), "yellow": (230, 215, 30)}
+COLOURS = {"red": (250, 0, 0), "green": (0, 250, 0), "blue": (0, 0, 250), "yellow": (250, 250, 0)}
 CELLS = ((0, 0), (0, 1), (1, 0), (1, 1))  # quarters of the picture, a square in each at most: none hides another
 Span = tuple[float, float]
 
@@ -33,18 +33,15 @@ def make_world(folder: Path, world: World, *, seed: int, progress: Callable[[int
         for index in range(getattr(world, split)):
             rng = np.random.default_rng((seed, world.seed, number, index))
             name = f"{split}_{index:05d}"
-            spans = [draw_span(rng, world) for _ in range(world.objects)]
-            asked, question = 0, QUESTION
-            if world.objects > 1:
-                asked = int(rng.integers(world.objects))
-                question = f"When is the {list(COLOURS)[asked]} square visible?"
-            encode(folder / "videos" / f"{name}.mp4", draw_frames(rng, world, spans), world.fps)
+            squares = draw_squares(rng, world)
+            asked, span = next(iter(squares.items()))
+            encode(folder / "videos" / f"{name}.mp4", draw_frames(rng, world, squares), world.fps)
             rows.append(
                 {
                     "id": name,
                     "video": f"videos/{name}.mp4",
-                    "question": question,
-                    "answer": {"span": spans[asked]},
+                    "question": f"When is the {asked} square visible?" if asked else QUESTION,
+                    "answer": {"span": span},
                     "task": "grounding",
                     "duration": world.seconds,
                 }
@@ -54,6 +51,18 @@ def make_world(folder: Path, world: World, *, seed: int, progress: Callable[[int
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
     return folder
+
+
+def draw_squares(rng: np.random.Generator, world: World) -> dict[str, Span]:
+    """Colour -> span, the one that is asked for first. A world of one object has no colours: its square is "".
+
+    A world of several shows one to all of them: clips with a single square are what a policy begins to see by, before it
+    can tell which square is meant.
+    """
+    if world.objects == 1:
+        return {"": draw_span(rng, world)}
+    colours = rng.permutation(list(COLOURS)[: world.objects]).tolist()
+    return {colour: draw_span(rng, world) for colour in colours[: int(rng.integers(1, world.objects + 1))]}
 
 
 def draw_span(rng: np.random.Generator, world: World) -> Span:
@@ -67,20 +76,22 @@ def draw_span(rng: np.random.Generator, world: World) -> Span:
     return first * world.tick, last * world.tick
 
 
-def draw_frames(rng: np.random.Generator, world: World, spans: Sequence[Span]) -> np.ndarray:
+def draw_frames(rng: np.random.Generator, world: World, squares: Mapping[str, Span]) -> np.ndarray:
     """uint8 [F, H, W, 3]: dim noise, the same in every frame, and each square while it is visible."""
-    size, side = world.size, max(4, world.size // 3)
+    size = world.size
     background = rng.integers(0, 100, size=(size, size, 1), dtype=np.uint8).repeat(3, axis=-1)
-    if len(spans) == 1:
-        corners, colours = [rng.integers(0, size - side + 1, size=2)], [BRIGHT]
+    if "" in squares:
+        side = max(4, size // 3)
+        corners = [rng.integers(0, size - side + 1, size=2)]
     else:
-        cells = rng.permutation(np.array(CELLS))[: len(spans)] * (size // 2)
-        corners, colours = [cell + rng.integers(0, size // 2 - side + 1, size=2) for cell in cells], list(COLOURS.values())
+        side = size // 2 - 2  # a colour is harder to see than white: larger
+        cells = rng.permutation(np.array(CELLS))[: len(squares)] * (size // 2)
+        corners = [cell + rng.integers(0, size // 2 - side + 1, size=2) for cell in cells]
     frames = background[None].repeat(round(world.seconds * world.fps), axis=0)
     seconds = np.arange(len(frames)) / world.fps
-    for span, (y, x), colour in zip(spans, corners, colours, strict=False):
+    for (colour, span), (y, x) in zip(squares.items(), corners, strict=True):
         visible = np.flatnonzero((seconds >= span[0]) & (seconds < span[1]))
-        frames[visible, y : y + side, x : x + side] = colour
+        frames[visible, y : y + side, x : x + side] = COLOURS.get(colour, BRIGHT)
     return frames
 
 

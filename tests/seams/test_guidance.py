@@ -175,6 +175,6 @@ def test_a_missing_rationale_is_known_before_training(world: Path, tmp_path: Pat
         "data.test=",
         "phases.answer.guidance={fill: from_field, field: why}",
     ]
-    with pytest.raises(DataError, match="3 samples cannot be used.*'why' holds no rationale"):
+    with pytest.raises(DataError, match=r"3 samples cannot be used.*'why' holds no rationale"):
         train(str(ROOT / "recipes/charades_sta/tempsamp.yaml"), sets, str(tmp_path / "run"))
     assert (tmp_path / "run" / "quarantine.jsonl").read_text().count("holds no rationale") == 3

@@ -18,7 +18,7 @@ LEVELS = (
     ("rollout", "scoring", "quarantine"),
     ("plugins", "layers", "recipe"),
     ("hf", "evaluation", "report", "synthetic", "bench"),
-    ("train", "evaluate", "check", "data_cli", "cli"),
+    ("train", "evaluate", "check", "data_cli", "cluster", "cli"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FRAMEWORKS = ("transformers", "trl", "accelerate", "peft", "deepspeed", "vllm")

@@ -1,0 +1,166 @@
+"""Finished runs as a table, a chart and a verdict."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rft.cluster.paired import ENOUGH, Claim, Spread, differences, judge, spread
+from rft.cluster.sweep import Ended, Job
+from rft.files import write_whole
+from rft.recipe import Recipe
+
+COLUMNS = ("miou", "r1@0.3", "r1@0.5", "r1@0.7")
+Values = Mapping[str, Mapping[int, Mapping[str, float]]]  # by row of the table, seed and metric
+Curve = Sequence[tuple[int, float]]  # (step, metric on the validation split)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """One run of a study: what it trains (`file` holds the recipe) and the job that does."""
+
+    trial: str
+    seed: int
+    recipe: Recipe
+    file: Path
+    job: Job
+
+
+def conclude(
+    planned: Sequence[Planned],
+    ended: Ended,
+    *,
+    folder: Path,
+    title: str,
+    trials: Sequence[str],
+    shared: str,
+    claim: Claim,
+    metric: str,
+    is_judged: bool,
+) -> int:
+    """Write `table.txt`, `study.json` and `curves.png` under `folder`, print the table, return the exit code."""
+    done = [p for p in planned if p.job.name in ended.finished]
+    values = results(done, trials, shared)
+    columns = list(dict.fromkeys((metric, *COLUMNS)))
+    paired = {name: paired_with(values, name, claim.worse, columns) for name in trials if name in values}
+    lines = [table({name: {c: _spread_of(rows, c) for c in columns} for name, rows in values.items()}, columns)]
+    if claim.worse in values:
+        others = {name: {c: _spread(d.values()) for c, d in by.items()} for name, by in paired.items() if name != claim.worse}
+        lines += ["", f"minus {claim.worse}, seed by seed", table(others, columns, signed=True)]
+    means = {name: _spread_of(values[name], metric) for name in trials if name in values}
+    order = sorted((n for n, s in means.items() if s), key=lambda n: -means[n].mean)
+    lines += ["", f"by {metric}: {' > '.join(order) or 'no run finished'}"]
+    verdict = judge(paired.get(claim.better, {}).get(metric, {})) if is_judged else None
+    grounds = f"{'holds' if verdict.holds else 'does not hold'} ({verdict.grounds})" if verdict else "not judged: a smoke run"
+    lines += [f"claim: {claim} in {metric}: {grounds}"]
+    lines += [f"missing: {name}: {why}" for name, why in ended.failed.items()]
+    text = "\n".join(["test split: mean over seeds and half of its 95 % t interval", *lines]) + "\n"
+    write_whole(folder / "table.txt", text)
+    report = {
+        "study": title,
+        "metric": metric,
+        "rows": {name: _described(rows, columns) for name, rows in values.items()},
+        "paired": {"with": claim.worse, **{name: _paired_described(by) for name, by in paired.items() if name != claim.worse}},
+        "order": order,
+        "claim": {"text": str(claim), "holds": verdict.holds if verdict else None, "grounds": grounds},
+        "seconds": {p.job.name: json.loads((p.job.folder / "state.json").read_text())["seconds"] for p in done},
+        "failed": dict(ended.failed),
+    }
+    write_whole(folder / "study.json", json.dumps(report, indent=1))
+    curves = {name: {p.seed: curve_of(p, done, shared, metric) for p in done if p.trial == name} for name in trials}
+    if curves := {name: by for name, by in curves.items() if any(by.values())}:
+        from rft.cluster.chart import draw
+
+        draw(curves, folder / "curves.png", metric=metric, title=title, after=shared)
+    print(f"\n{text}\neverything is in {folder}", flush=True)
+    return int(bool(ended.failed) or (verdict is not None and not verdict.holds))
+
+
+def results(done: Sequence[Planned], trials: Sequence[str], shared: str) -> Values:
+    """Metrics on the test split; what needs no training and the shared start come first."""
+    rows: dict[str, dict[int, Mapping[str, float]]] = {"random": {}, "best constant": {}}
+    rows |= {f"after {shared}": {}} if shared else {}
+    for p in done:
+        summary = json.loads((p.job.folder / "summary.json").read_text(encoding="utf-8"))
+        rows.setdefault(f"after {shared}" if p.trial == shared else p.trial, {})[p.seed] = summary["final"]
+        for label in ("random", "best constant"):
+            if label.replace(" ", "_") in summary:
+                rows[label].setdefault(p.seed, summary[label.replace(" ", "_")])
+    names = [*(n for n in rows if n not in trials), *(n for n in trials if n in rows)]
+    return {name: rows[name] for name in names if rows[name]}
+
+
+def paired_with(values: Values, name: str, baseline: str, columns: Sequence[str]) -> dict[str, dict[int, float]]:
+    """Per metric and seed, how far a trial is above the baseline."""
+    mine, theirs = values.get(name, {}), values.get(baseline, {})
+    by_metric = {c: differences(_column(mine, c), _column(theirs, c)) for c in columns}
+    return {c: by_seed for c, by_seed in by_metric.items() if by_seed}
+
+
+def table(rows: Mapping[str, Mapping[str, Spread | None]], columns: Sequence[str], *, signed: bool = False) -> str:
+    """A line per row: how many seeds, then mean and interval per metric, the interval from three seeds on.
+
+    Signed rows show its bounds.
+    """
+    columns = [c for c in columns if any(by.get(c) for by in rows.values())]
+    cells = {name: [_cell(by.get(c), signed) for c in columns] for name, by in rows.items()}
+    wide = max([14, *(len(cell) + 3 for row in cells.values() for cell in row)])
+    first = max([14, *map(len, rows)])
+    lines = [f"{'':<{first}}  seeds" + "".join(f"{c:>{wide}}" for c in columns)]
+    for name, row in cells.items():
+        num = max((s.num for s in rows[name].values() if s), default=0)
+        lines.append(f"{name:<{first}}{num:>7}" + "".join(f"{cell:>{wide}}" for cell in row))
+    return "\n".join(lines)
+
+
+def curve_of(planned: Planned, done: Sequence[Planned], shared: str, metric: str) -> Curve:
+    """The validation metric over the steps of all phases of a run, from the end of the shared phase, step 0, on."""
+    points: list[tuple[int, float]] = []
+    for p in done:
+        if p.seed == planned.seed and p.trial == shared and (before := _validated(p.job.folder, metric)):
+            points = [(0, before[-1][1])]
+    return [*points, *_validated(planned.job.folder, metric)]
+
+
+def _validated(run: Path, metric: str) -> list[tuple[int, float]]:
+    points, offset, last = [], 0, ("", 0)
+    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["phase"] != last[0]:
+            offset, last = offset + last[1], (row["phase"], 0)
+        last = (row["phase"], max(last[1], row["step"]))
+        if f"validation/{metric}" in row:
+            points.append((offset + row["step"], row[f"validation/{metric}"]))
+    return points
+
+
+def _column(by_seed: Mapping[int, Mapping[str, float]], column: str) -> dict[int, float]:
+    return {seed: metrics[column] for seed, metrics in by_seed.items() if column in metrics}
+
+
+def _spread_of(by_seed: Mapping[int, Mapping[str, float]], column: str) -> Spread | None:
+    return _spread(_column(by_seed, column).values())
+
+
+def _spread(values: Any) -> Spread | None:
+    return spread(list(values)) if values else None
+
+
+def _cell(seen: Spread | None, signed: bool) -> str:
+    if seen is None:
+        return "-"
+    if seen.num < ENOUGH:
+        return f"{seen.mean:+.3f} sign only" if signed else f"{seen.mean:.3f}"
+    return f"{seen.mean:+.3f} [{seen.low:+.3f}, {seen.high:+.3f}]" if signed else f"{seen.mean:.3f} ± {seen.half:.3f}"
+
+
+def _described(by_seed: Mapping[int, Mapping[str, float]], columns: Sequence[str]) -> dict[str, Any]:
+    found = {c: s for c in columns if (s := _spread_of(by_seed, c))}
+    return {"seeds": {str(k): dict(v) for k, v in by_seed.items()}, **{c: asdict(s) for c, s in found.items()}}
+
+
+def _paired_described(by_metric: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
+    return {c: {"seeds": {str(k): v for k, v in d.items()}, **asdict(spread(list(d.values())))} for c, d in by_metric.items()}
