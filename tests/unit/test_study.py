@@ -183,7 +183,7 @@ def test_the_shipped_study_is_what_was_asked_for() -> None:
     study = open_study(SHIPPED)
     five = [name for name, trial in study.trials.items() if not trial.num_seeds]
     assert five == ["grpo", "sft_grpo", "mixed", "downscale", "anchor", "nonlinear"] and len(study.seeds) == 5
-    assert {n for n, t in study.trials.items() if t.num_seeds == 1} == {"sft", "luffy", "hints"}
+    assert {n for n, t in study.trials.items() if t.num_seeds == 1} == {"sft", "grpo_sft", "luffy", "hints"}
     assert study.claim == "nonlinear > grpo"
     planned = plan(study, near=SHIPPED.parent, folder=Path("/nowhere"))
     assert len(planned) == 5 + 6 * 5 + 3
