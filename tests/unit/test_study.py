@@ -186,7 +186,7 @@ def test_the_shipped_study_is_what_was_asked_for() -> None:
     assert {n for n, t in study.trials.items() if t.num_seeds == 1} == {"sft", "grpo_sft", "luffy", "hints"}
     assert study.claim == "nonlinear > grpo"
     planned = plan(study, near=SHIPPED.parent, folder=Path("/nowhere"))
-    assert len(planned) == 5 + 6 * 5 + 3
+    assert len(planned) == 5 + 6 * 5 + 4
     at_seed_0 = {p.trial: p.recipe for p in planned if p.seed == 0}
     samples = {n: sum(p.steps * p.groups_per_step for p in r.phases.values()) for n, r in at_seed_0.items() if n != "warmup"}
     assert len(set(samples.values())) == 1  # all methods see as many samples
