@@ -26,7 +26,7 @@ from rft.rollout.policy import Context, Limits, Reply, uniforms
 from rft.types import Node
 
 PREFILL = 32_768  # tokens of one prefill forward, where one tree alone is not longer
-FORWARD = Callable[[Tensor, Tensor], Tensor]  # ids [B, 1], positions [B] -> logits [B, V]
+Forward = Callable[[Tensor, np.ndarray, int], Tensor]  # ids [B], which rows, position -> logits [B, V]
 
 
 class ModelPolicy:
@@ -210,7 +210,7 @@ class ModelPolicy:
         )
         return outputs.logits[:, -1], outputs.past_key_values, mask, positions[0, :, -1] + 1
 
-    def _decode(self, logits_BV: Tensor, forward: FORWARD, keys_B: np.ndarray, limits: Limits) -> list[Reply]:
+    def _decode(self, logits_BV: Tensor, forward: Forward, keys_B: np.ndarray, limits: Limits) -> list[Reply]:
         """Token by token, all rows together. Rows that are done give their place up once they are a quarter of all.
 
         `forward(token_B, alive_B, position)` takes the rows that are left, by their first number, and gives their logits.
