@@ -4,11 +4,14 @@ from rft import Rollout, Sample, geometry, parsing
 
 
 def temporal_iou(rollout: Rollout, sample: Sample) -> float | None:
-    """Overlap of the answered span with the annotated moment; 0 when no span can be read, None without an annotated one."""
+    """Overlap of the answered span with the annotated moment; 0 when no span can be read, None without an annotated one.
+
+    Where the annotation has `valid_spans` too, the one that is answered best counts.
+    """
     if "span" not in sample.answer:
         return None
     span = parsing.time_span(rollout.answer)
-    return geometry.span_iou(span, sample.answer["span"]) if span else 0.0
+    return geometry.right_span_iou(span, sample.answer) if span else 0.0
 
 
 def temporal_set_iou(rollout: Rollout, sample: Sample, tag: str = "answer", max_spans: int | None = None) -> float | None:

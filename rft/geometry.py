@@ -1,18 +1,42 @@
 """Overlap of spans (seconds) and of boxes (pixels or fractions, (x0, y0, x1, y1)): one definition for every task.
 
-Every function returns a finite number in [0, 1] for any numbers it is given. A reversed span or box, and one with a
+Every overlap is a finite number in [0, 1] for any numbers that are given. A reversed span or box, and one with a
 coordinate that is not finite, overlaps nothing, not even itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import inf, isfinite
+from typing import Any
 
 
 def span_iou(a: Sequence[float], b: Sequence[float]) -> float:
     """Intersection over union of two spans (start, end); 1 for the same instant twice, 0 for two that are disjoint."""
     return spans_iou([a], [b])
+
+
+def right_span_iou(span: Sequence[float], answer: Mapping[str, Any]) -> float:
+    """Overlap of a span with the one of an annotation's `span` and `valid_spans` (right as well) that it fits best."""
+    return max(span_iou(span, right) for right in (answer["span"], *answer.get("valid_spans", ())))
+
+
+def near_span(span: Sequence[float], least: float, u: float, v: float) -> tuple[float, float]:
+    """One of the spans with IoU >= `least`, in (0, 1], with a span that has a length; uniform in (start, end) if u and v are.
+
+    Of a span of length 1 an end can move inwards by 1 - least when the other one stays, or outwards by (1 - least) / least,
+    and the IoU is at least `least` just where the shares of these that the two ends use up sum to at most 1: four triangles,
+    over which u and v in [0, 1] are spread by area. Nothing keeps the start from being below 0.
+    """
+    start, end = span
+    inward = (end - start) * (1 - least)
+    turn = least / (1 + least)  # below it an end moves inwards: inward / (inward + outward)
+    (from_start, x), (from_end, y) = (
+        (inward, w / turn) if w < turn else (-inward / least, (w - turn) / (1 - turn)) for w in (u, v)
+    )
+    if x + y > 1:  # the other half of the square, folded over
+        x, y = 1 - x, 1 - y
+    return (start + x * from_start, end - y * from_end)
 
 
 def spans_iou(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> float:

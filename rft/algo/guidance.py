@@ -14,6 +14,7 @@ from typing import Literal
 from rft.errors import RftError
 
 Fill = Literal["answer_only", "empty_think", "splice_think", "from_field", "off"]
+Spans = Literal["annotated", "valid", "jittered"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +33,10 @@ class Guidance:
     hints        shares of the annotation's completion, rising, that the policy is given to go on from where the gate is
                  open, each one where all failed with the one before (GHPO, arXiv:2507.10628). Empty: the whole annotation
                  takes the seat.
+    spans        which span the annotation's completion names, drawn for every group. valid: one of `span` and
+                 `valid_spans`; jittered: one near the annotated `span`, of `spans` one near each. An annotation that has
+                 none of these stays as it is.
+    jitter       the least IoU with the annotated span that a jittered one has, as it is read back from the completion.
     """
 
     probability: float = 1.0
@@ -41,6 +46,8 @@ class Guidance:
     fill: Fill = "splice_think"
     field: str = ""
     hints: tuple[float, ...] = ()
+    spans: Spans = "annotated"
+    jitter: float = 0.9
 
     def __post_init__(self) -> None:
         if not 0 <= self.probability <= 1:
@@ -55,6 +62,8 @@ class Guidance:
             raise RftError("guidance", "hints are for groups that fail, and there is no gate", "set gate to e.g. 0.5")
         if list(self.hints) != sorted(set(self.hints)) or not all(0 < level < 1 for level in self.hints):
             raise RftError("guidance", f"hints={list(self.hints)} do not rise inside (0, 1)", "use e.g. [0.25, 0.5, 0.75]")
+        if not 0 < self.jitter <= 1:
+            raise RftError("guidance", f"jitter={self.jitter:g} is no least IoU: it is not in (0, 1]", "use e.g. 0.9")
 
 
 def probability(guidance: Guidance, step: int) -> float:
@@ -85,9 +94,9 @@ def opens(guidance: Guidance, accuracies: Sequence[float]) -> bool:
     return is_certain(guidance) or not any(accuracy >= guidance.gate for accuracy in accuracies)
 
 
-def drawn_seat(num_rows: int, uniform: float) -> int:
-    """Index of the member that gives way: any of them, never the worst by choice, which would bias the group's mean."""
-    return min(int(uniform * num_rows), num_rows - 1)
+def drawn_index(count: int, uniform: float) -> int:
+    """One of `count`, each as likely as any other."""
+    return min(int(uniform * count), count - 1)  # a hash divided by its range can round to 1
 
 
 def hint_length(level: float, num_tokens: int) -> int:

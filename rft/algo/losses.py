@@ -48,10 +48,12 @@ class KL:
     """Penalty towards the reference model. Estimators: Schulman, "Approximating KL divergence" (2020).
 
     k3 is added to the loss. The gradient of k1 as a loss term has expectation 0, so k1 is taken off the advantage.
+    The reference is the model that the phase started from, or (`run`) the one that the run did.
     """
 
     weight: float = 0.0
     estimator: Literal["k1", "k3"] = "k3"
+    reference: Literal["phase", "run"] = "phase"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

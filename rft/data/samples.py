@@ -3,6 +3,9 @@
 A row has messages or a question; media (`video`, `image`, or a list of them; `frames`, a list of pictures with `seconds`
 or `sample_fps`; paths relative to the file); an `answer` (a mapping such as {"span": [3.0, 5.0]}, or plain text); a
 `task`; and any further columns, which all reach the rewards. A column that is null counts as absent.
+
+Beside its `span` an answer may have `valid_spans`, a list of further ones that are right as well: an event with loose
+bounds, or one that repeats when any of its times will do.
 """
 
 from __future__ import annotations
@@ -216,6 +219,8 @@ def _answer(row: Mapping[str, Any], at: str) -> Mapping[str, Any]:
     duration = None if row.get("duration") is None else _numbers([row["duration"]], 1, at, "duration")[0]
     if "span" in answer:
         answer["span"] = check_span(answer["span"], at)
+    if "valid_spans" in answer:
+        answer |= _further(answer.pop("valid_spans"), answer, at)
     if "spans" in answer:
         if not isinstance(answer["spans"], list) or not answer["spans"]:
             raise DataError(at, f"spans is {answer['spans']!r}", "write a list of [start, end], or drop the row")
@@ -230,6 +235,17 @@ def _answer(row: Mapping[str, Any], at: str) -> Mapping[str, Any]:
     if duration is not None:
         check_inside(answer, duration, at)
     return answer
+
+
+def _further(valid: Any, answer: Mapping[str, Any], at: str) -> dict[str, Any]:
+    """Spans that are right beside `span`, each once; nothing when there are none."""
+    if not isinstance(valid, list):
+        raise DataError(at, f"valid_spans is {valid!r}", "write a list of [start, end]")
+    if "span" not in answer:
+        raise DataError(at, "valid_spans stand beside a span, and there is none", "name one of them span")
+    further = dict.fromkeys(check_span(s, at) for s in valid)
+    further.pop(answer["span"], None)
+    return {"valid_spans": tuple(further)} if further else {}
 
 
 def letters_of(row: Mapping[str, Any], at: str = "row") -> str:
@@ -257,7 +273,8 @@ def check_inside(answer: Mapping[str, Any], duration: float, at: str) -> None:
 
     It has to start inside and may end up to `OVERSHOOT` seconds after.
     """
-    for start, end in [answer["span"]] if "span" in answer else answer.get("spans", ()):
+    annotated = [answer["span"], *answer.get("valid_spans", ())] if "span" in answer else answer.get("spans", ())
+    for start, end in annotated:
         if start >= duration or end > duration + OVERSHOOT:
             does = "starts" if start >= duration else f"ends more than {OVERSHOOT:g} s"
             what = f"the annotated span {start:g} to {end:g} {does} after the video ({duration:.3f} s)"

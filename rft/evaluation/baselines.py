@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from rft.data.readings import readings
 from rft.evaluation.metrics import measure
 from rft.rollout.render import Renderer
 from rft.types import Rollout, Sample, Segment
@@ -18,10 +19,11 @@ MAX_CANDIDATES = 512
 def random_answer(samples: Sequence[Sample], train: Sequence[Sample], renderer: Renderer, seed: int) -> dict[str, float]:
     """Each sample answered with the annotation of a random training sample of its kind, scaled to its length.
 
-    Without a training sample of its kind there is nothing to say, and nothing is said.
+    A training sample with several valid spans has as many annotations. Without one of its kind there is nothing to say, and
+    nothing is said.
     """
     rng = np.random.default_rng((seed, 0x5EED))
-    lenders = _by_kind(train)
+    lenders = _by_kind(_lent(train))
     answers = []
     for sample in samples:
         pool = lenders.get(kind(sample))
@@ -35,7 +37,7 @@ def best_constant(samples: Sequence[Sample], train: Sequence[Sample], renderer: 
     Chosen in hindsight among the first `MAX_CANDIDATES` distinct ones, so that it shows what a constant answer can reach;
     spans are relative to the length where rows state it.
     """
-    lenders, answers = _by_kind(train), {}
+    lenders, answers = _by_kind(_lent(train)), {}
     for name, alike in _by_kind(samples).items():
         distinct = {repr(sorted(relative(t).items())): t for t in lenders.get(name, ())}
         told = [[borrowed(s, lender, renderer) for s in alike] for lender in list(distinct.values())[:MAX_CANDIDATES]]
@@ -45,8 +47,8 @@ def best_constant(samples: Sequence[Sample], train: Sequence[Sample], renderer: 
 
 
 def kind(sample: Sample) -> tuple[str, ...]:
-    """Samples of one kind can lend each other their annotations: the same task with the same keys."""
-    return (sample.task, *sorted(sample.answer))
+    """Samples of one kind can lend each other their annotations: the same task with the same keys, `valid_spans` aside."""
+    return (sample.task, *sorted(sample.answer.keys() - {"valid_spans"}))
 
 
 def relative(sample: Sample) -> dict[str, Any]:
@@ -61,6 +63,10 @@ def borrowed(sample: Sample, lender: Sample, renderer: Renderer) -> Rollout:
     answer = _scaled(lender.answer, own / its) if own and its else dict(lender.answer)
     row = {**sample.row, "answer": lender.row.get("answer")}  # a template may name the column itself
     return _says(sample, renderer.answer_text(replace(sample, answer=answer, row=row)))
+
+
+def _lent(train: Sequence[Sample]) -> list[Sample]:
+    return [reading for sample in train for reading in readings(sample)]
 
 
 def _by_kind(samples: Sequence[Sample]) -> dict[tuple[str, ...], list[Sample]]:
@@ -83,8 +89,8 @@ def _scaled(answer: Mapping[str, Any], factor: float) -> dict[str, Any]:
     scaled = dict(answer)
     if "span" in answer:
         scaled["span"] = tuple(round(t * factor, 3) for t in answer["span"])
-    if "spans" in answer:
-        scaled["spans"] = tuple(tuple(round(t * factor, 3) for t in span) for span in answer["spans"])
+    for key in answer.keys() & {"spans", "valid_spans"}:
+        scaled[key] = tuple(tuple(round(t * factor, 3) for t in span) for span in answer[key])
     return scaled
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -13,18 +12,18 @@ from rft.evaluation import highlights
 from rft.types import Rollout, Sample
 
 RECALL_AT = (0.3, 0.5, 0.7)
-AGREEMENT: Mapping[str, Callable[[Any, Any], float]] = {
-    "span": geometry.span_iou,
-    "spans": geometry.spans_iou,
-    "box": geometry.box_iou,
-    "choice": operator.eq,
+AGREEMENT: Mapping[str, Callable[[Any, Mapping[str, Any]], float]] = {  # of what was read, with the whole annotation
+    "span": geometry.right_span_iou,
+    "spans": lambda read, answer: geometry.spans_iou(read, answer["spans"]),
+    "box": lambda read, answer: geometry.box_iou(read, answer["box"]),
+    "choice": lambda read, answer: read == answer["choice"],
 }
 
 
 def measure(samples: Sequence[Sample], rollouts: Sequence[Rollout]) -> dict[str, float]:
     """Means over the samples whose annotation has the key; an answer that cannot be read scores 0 and stays counted.
 
-    span, spans   `miou`, and `r1@t`: the share of samples with IoU >= t
+    span, spans   `miou`, and `r1@t`: the share of samples with IoU >= t; of a span and `valid_spans` the best fit counts
     box           `box_iou`, `box@0.5`
     choice        `accuracy`
     windows       `mr_map`, `mr_map@t`, `mr_r1@t`: moment retrieval, of a list of windows or of the runs of highlights
@@ -73,7 +72,7 @@ def read_answer(sample: Sample, rollout: Rollout, key: str) -> Any | None:
 
 def _agreement(sample: Sample, rollout: Rollout, key: str) -> float:
     read = read_answer(sample, rollout, key)
-    return 0.0 if read is None else float(AGREEMENT[key](read, sample.answer[key]))
+    return 0.0 if read is None else float(AGREEMENT[key](read, sample.answer))
 
 
 def _windows(sample: Sample, rollout: Rollout) -> list[highlights.Window]:

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-from rft.algo.guidance import Guidance, drawn_seat, hint_length, opens
+from rft.algo.guidance import Guidance, drawn_index, hint_length, opens
 from rft.rollout.policy import Context, Limits, Policy, stream_key
-from rft.rollout.reference import reference_rollout
+from rft.rollout.reference import drawn_variant, reference_rollout
 from rft.rollout.render import Renderer
 from rft.types import Group, Rollout, Sample, Scored, Segment
 
@@ -64,13 +65,17 @@ class Guide:
         """The members that stay: all where a seat is free, else all but a drawn one."""
         if len(group.members) < self.size:
             return group.members
-        drawn = drawn_seat(len(group.members), self._uniform(group.sample, "seat"))
+        drawn = drawn_index(len(group.members), self._uniform(group.sample, "seat"))
         return (*group.members[:drawn], *group.members[drawn + 1 :])
 
     def _reference(self, group: Group, prompt: Segment) -> Rollout:
         best = max(group.members, key=self.accuracy).rollout if group.members else None
         g = self.guidance
-        return reference_rollout(group.sample, self.renderer, prompt, fill=g.fill, field=g.field, best=best)
+        return reference_rollout(self._told(group.sample, prompt), self.renderer, prompt, fill=g.fill, field=g.field, best=best)
+
+    def _told(self, sample: Sample, prompt: Segment) -> Sample:
+        """The sample with the spans that its annotation names in this group: the same ones for every hint."""
+        return drawn_variant(sample, self.guidance, self.renderer, prompt, partial(self._uniform, sample))
 
     def _hinted(self, groups: list[Group], prompts: Sequence[Segment], failing: Sequence[int]) -> list[Group]:
         """Failing groups are sampled again behind more and more of the annotation, until a member passes or hints end."""
@@ -82,7 +87,8 @@ class Guide:
         for level in self.guidance.hints:
             contexts = []
             for i in failing:
-                whole = reference_rollout(groups[i].sample, self.renderer, prompts[i]).segments[-1].ids
+                told = self._told(groups[i].sample, prompts[i])
+                whole = reference_rollout(told, self.renderer, prompts[i]).segments[-1].ids
                 hint = self.renderer.reply("reference", whole[: hint_length(level, len(whole))])
                 contexts += [
                     Context(
@@ -107,5 +113,5 @@ class Guide:
             failing = [i for i in failing if opens(self.guidance, [self.accuracy(m) for m in groups[i].members])]
         return groups
 
-    def _uniform(self, sample: Sample, why: str) -> float:
-        return stream_key(*self.draw, sample.id, why) / 2**64
+    def _uniform(self, sample: Sample, *why: object) -> float:
+        return stream_key(*self.draw, sample.id, *why) / 2**64

@@ -1,12 +1,22 @@
-"""The annotation in the policy's place: one more rollout of the same sample, which nobody sampled."""
+"""The annotation in the policy's place: one more rollout of the same sample, which nobody sampled.
+
+Where guidance wants other spans than the annotated one, the sample is retold with them first; rewards see the sample as it was.
+"""
 
 from __future__ import annotations
 
-from rft import parsing
-from rft.algo.guidance import Fill
+from collections.abc import Callable, Sequence
+from math import inf
+
+from rft import geometry, parsing
+from rft.algo.guidance import Fill, Guidance, drawn_index
+from rft.data.readings import readings, retold
 from rft.errors import DataError
 from rft.rollout.render import Renderer
 from rft.types import Rollout, Sample, Segment
+
+TRIES = 64  # of a jitter that is not read back well enough; a span from 0 to the end of its video takes 5 on average
+Uniform = Callable[..., float]  # in [0, 1), by what it is for
 
 
 def reference_rollout(
@@ -42,6 +52,62 @@ def reference_rollout(
         answer = rest + answer
     ids = (*renderer.encode(answer), renderer.eos)
     return Rollout(sample_id=sample.id, segments=(*segments, renderer.reply("reference", ids)), stop="answered")
+
+
+def variants(sample: Sample, guidance: Guidance) -> tuple[Sample, ...]:
+    """The sample as told by every annotation that has to earn the maximum before it may join a group.
+
+    A jittered one owes no maximum; the annotated one does, which stands in where no jitter can be read back.
+    """
+    return readings(sample) if guidance.spans == "valid" else (sample,)
+
+
+def drawn_variant(sample: Sample, guidance: Guidance, renderer: Renderer, prompt: Segment, uniform: Uniform) -> Sample:
+    """The sample as told by the annotation that joins this group: `guidance.spans`, drawn by `uniform`.
+
+    A jittered span keeps IoU >= `guidance.jitter` and stays inside the longest video that `prompt` shows (without one, inside
+    the row's `duration`), as read back from the completion; one that has no such neighbours stays as annotated.
+    """
+    if guidance.spans == "valid":
+        told = readings(sample)
+        return told[drawn_index(len(told), uniform("valid"))]
+    key = next((key for key in ("span", "spans") if key in sample.answer), None)
+    if guidance.spans == "annotated" or key is None:
+        return sample
+
+    annotated, end = sample.answer["spans"] if key == "spans" else (sample.answer["span"],), _end(sample, prompt)
+
+    def told_with(spans: Sequence[tuple[float, float]]) -> Sample:
+        return retold(sample, {**sample.answer, key: tuple(spans) if key == "spans" else spans[0]})
+
+    def is_near(read: tuple[float, float], span: tuple[float, float]) -> bool:
+        return read[1] <= end and geometry.span_iou(read, span) >= guidance.jitter
+
+    spans, far = list(annotated), list(range(len(annotated)))
+    for attempt in range(TRIES):
+        for i in far:
+            u, v = (uniform("jitter", attempt, i, side) for side in ("start", "end"))
+            spans[i] = geometry.near_span(annotated[i], guidance.jitter, u, v)
+        told = told_with(spans)
+        read = _read_spans(renderer.answer_text(told), key)
+        far = [i for i, span in enumerate(annotated) if len(read) != len(spans) or not is_near(read[i], span)]
+        if not far:
+            return told
+    return told_with([annotated[i] if i in far else span for i, span in enumerate(spans)])
+
+
+def _end(sample: Sample, prompt: Segment) -> float:
+    """The second after which nothing happens, as far as it is known."""
+    shown = [view.duration for view in prompt.views if view.kind == "video"]
+    return max(shown) if shown else float(sample.row.get("duration") or inf)
+
+
+def _read_spans(text: str, key: str) -> Sequence[tuple[float, float]]:
+    """The spans that a completion answers with, none when they cannot be read. A time below 0 cannot."""
+    answer = parsing.tagged(text, "answer")
+    if key == "spans":
+        return parsing.time_spans(answer) or ()
+    return (span,) if (span := parsing.time_span(answer)) else ()
 
 
 def _thought(best: Rollout, renderer: Renderer) -> tuple[Segment | None, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,18 @@ def test_spans_by_hand() -> None:
     assert found["miou"] == pytest.approx((1 / 3 + 1 / 2 + 0 + 1) / 4)
     assert (found["r1@0.3"], found["r1@0.5"], found["r1@0.7"]) == (0.75, 0.5, 0.25)
     assert found["format"] == 0.5  # c has no answer block, and d says more after it
+
+
+def test_of_several_valid_spans_the_best_fit_counts() -> None:
+    several = {"span": (4.0, 8.0), "valid_spans": ((10.0, 20.0),)}
+    found = measured(
+        (sample("a", **several), "<answer>10 to 20</answer>"),
+        (sample("b", **several), "<answer>4 to 6</answer>"),
+        (sample("c", **several), "<answer>8 to 10</answer>"),
+        (sample("d", span=(4.0, 8.0)), "<answer>10 to 20</answer>"),  # without them it is wrong
+    )
+    assert found["miou"] == pytest.approx((1 + 0.5 + 0 + 0) / 4)
+    assert (found["r1@0.5"], found["r1@0.7"], found["format"]) == (0.5, 0.25, 1.0)
 
 
 def test_sets_of_spans_by_hand() -> None:
@@ -171,6 +184,18 @@ def test_the_best_constant_is_the_best_of_the_training_annotations() -> None:
     found = best_constant(samples, train, RENDERER)
     assert found["miou"] == pytest.approx(2 / 3)
     assert found["format"] == 1.0
+
+
+def test_valid_spans_are_lent_and_do_not_make_a_kind_of_their_own() -> None:
+    samples = [sample("a", span=(0.0, 4.0), duration=8), sample("b", span=(0.0, 1.0), valid_spans=((2.0, 4.0),), duration=4)]
+    train = [sample("t", span=(0.0, 1.0), valid_spans=((4.0, 8.0), (6.0, 8.0)), duration=8)]
+    # relative: 0.5 to 1 scores 0 and 1, 0.75 to 1 scores 0 and 1 / 2, 0 to 0.125 scores 1 / 4 and 1 / 2
+    assert best_constant(samples, train, RENDERER)["miou"] == 0.5
+    assert best_constant(samples, [sample("t", span=(0.0, 1.0), duration=8)], RENDERER)["miou"] == pytest.approx(0.375)
+    many = [replace(samples[1], id=str(i)) for i in range(300)]
+    # a third each
+    assert random_answer(many, train, RENDERER, seed=0)["miou"] == pytest.approx((1 + 1 / 2 + 1 / 2) / 3, abs=0.05)
+    assert relative(train[0]) == {"span": (0.0, 0.125), "valid_spans": ((0.5, 1.0), (0.75, 1.0))}
 
 
 def test_the_best_constant_is_chosen_per_kind_of_sample() -> None:

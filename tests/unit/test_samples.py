@@ -158,6 +158,23 @@ def test_a_span_may_end_up_to_the_tolerance_after_the_video(tmp_path: Path, star
 
 
 @pytest.mark.parametrize(
+    ("valid", "read"),
+    [
+        ([[6, 7], [0, 2.5]], ((6.0, 7.0), (0.0, 2.5))),
+        ([[6, 7], [3, 5], [6.0, 7.0], [7, 10]], ((6.0, 7.0), (7.0, 10.0))),  # each once, beside the annotated one
+    ],
+)
+def test_further_spans_may_be_right_as_well(tmp_path: Path, valid: list, read: tuple) -> None:
+    row = {**GOOD, "duration": 8.0, "answer": {"span": [3, 5], "valid_spans": valid}}
+    assert one(tmp_path, row).answer == {"span": (3.0, 5.0), "valid_spans": read}
+
+
+@pytest.mark.parametrize("valid", [[], [[3, 5]]])
+def test_valid_spans_that_add_nothing_are_none(tmp_path: Path, valid: list) -> None:
+    assert one(tmp_path, {**GOOD, "answer": {"span": [3, 5], "valid_spans": valid}}).answer == {"span": (3.0, 5.0)}
+
+
+@pytest.mark.parametrize(
     ("row", "what"),
     [
         ("{not json", "not JSON: Expecting property name"),
@@ -212,6 +229,11 @@ def test_a_row_that_asks_nothing_is_told(tmp_path: Path, row: Any, what: str) ->
         ({"spans": [[1, 2], [5, 20]]}, "the annotated span 5 to 20 ends more than 2 s after"),
         ({"spans": []}, "spans is []"),
         ({"spans": 3}, "spans is 3"),
+        ({"span": [3, 5], "valid_spans": [[1, 2], [5, 4]]}, "the annotated span 5 to 4 is reversed"),
+        ({"span": [3, 5], "valid_spans": [[5, 20]]}, "the annotated span 5 to 20 ends more than 2 s after"),
+        ({"span": [3, 5], "valid_spans": [5, 20]}, "span is 5"),
+        ({"span": [3, 5], "valid_spans": None}, "valid_spans is None"),
+        ({"valid_spans": [[3, 5]]}, "valid_spans stand beside a span, and there is none"),
         ({"box": [10, 10, 10, 20]}, "the annotated box [10, 10, 10, 20] is reversed or has no area"),
         ({"box": [10, 30, 20, 20]}, "the annotated box [10, 30, 20, 20] is reversed or has no area"),
         ({"box": [10, 30, 20]}, "box is [10, 30, 20]"),

@@ -47,6 +47,14 @@ def test_temporal_iou() -> None:
     assert temporal_iou(wrote("2.0 to 5.0"), EVERYTHING) == 0.0  # outside the tag
 
 
+def test_temporal_iou_takes_the_best_of_the_valid_spans() -> None:
+    several = asked(span=(2.0, 5.0), valid_spans=((10.0, 14.0), (12.0, 20.0)))
+    assert [temporal_iou(answered(text), several) for text in ("2 to 5", "10 to 14", "12.0 to 20.0")] == [1.0, 1.0, 1.0]
+    assert temporal_iou(answered("12 to 15"), several) == 0.4  # 2 of 5 with 10 to 14, 3 of 8 with 12 to 20
+    assert temporal_iou(answered("6 to 9"), several) == 0.0
+    assert temporal_iou(answered("2 to 20"), several) == pytest.approx(8 / 18)  # the best of them, not all of them
+
+
 def test_temporal_set_iou() -> None:
     two = asked(spans=((0.0, 2.0), (8.0, 10.0)))
     assert temporal_set_iou(answered("[(0, 2), (8, 10)]"), two) == 1.0
