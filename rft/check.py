@@ -150,20 +150,32 @@ def _phase(
 ) -> list[Finding]:
     """Prompts, media, budgets, rewards and the end of one phase, on the first rows of every split."""
     recipe, phase = loaded.recipe, loaded.recipe.phases[name]
-    renderer = _renderer(loaded, phase)
-    opened, findings = _open(splits, renderer, num_samples, recipe.data.max_bad_share)
-    findings += _prompt_findings(f"phases.{name}", renderer.prompts, [s for samples in splits.values() for s in samples])
+    opened, findings = _asked(loaded, name, phase, splits, num_samples, seen)
+    if phase.mixed:
+        print(f"  {phase.mix.share:g} of its groups are asked otherwise:")
+        findings += _asked(loaded, f"{name}.mix", phase.mixed, splits, num_samples, seen)[1]
     if opened:
-        _print_prompts(name, opened, recipe.max_prompt_tokens, renderer.family, seen)
         findings += _limits(loaded, name, opened)
     if not recipe.data.synthetic and 0 < len(splits["train"]) < phase.groups_per_step:
         what = f"a step takes {phase.groups_per_step} samples and data.train has {len(splits['train'])}: they repeat in it"
         findings.append(Finding(level="warning", where=f"phases.{name}.groups_per_step", what=what, do="lower it"))
     if phase.until:
         findings += _until(f"phases.{name}.until", phase, [o for o in opened if o.split == "validation"])
+    return findings
+
+
+def _asked(
+    loaded: Loaded, name: str, phase: Phase, splits: Mapping[str, list[Sample]], num_samples: int, seen: dict[str, str]
+) -> tuple[list[Opened], list[Finding]]:
+    """What the prompts of a phase, or those that it mixes in, make of the first rows, and how the rewards like it."""
+    renderer, allowed = _renderer(loaded, phase), loaded.recipe.max_prompt_tokens
+    opened, findings = _open(splits, renderer, num_samples, loaded.recipe.data.max_bad_share)
+    findings += _prompt_findings(f"phases.{name}", renderer.prompts, [s for samples in splits.values() for s in samples])
+    if opened:
+        _print_prompts(name, opened, allowed, renderer.family, seen)
     if not phase.supervised:
         findings += _rewards(loaded, phase, opened[:CHECKED_REWARDS], renderer)
-    return findings
+    return opened, findings
 
 
 def _open(
@@ -258,7 +270,10 @@ def _until(at: str, phase: Phase, opened: Sequence[Opened]) -> Iterator[Finding]
 
 
 def _rewards(loaded: Loaded, phase: Phase, opened: Sequence[Opened], renderer: Renderer) -> list[Finding]:
-    """The annotation must earn the maximum, and no hostile text may beat it."""
+    """The annotation must earn the maximum, and no hostile text may beat it.
+
+    It has no thoughts; where a reward asks for some, it stands behind an empty one.
+    """
     try:
         rewards = loaded.rewards(phase)
     except RftError as error:
@@ -267,7 +282,11 @@ def _rewards(loaded: Loaded, phase: Phase, opened: Sequence[Opened], renderer: R
     for split in dict.fromkeys(o.split for o in opened):  # ids are one per file: another split may use them again
         chosen = [o for o in opened if o.split == split]
         samples = [replace(o.sample, messages=tuple(renderer.messages(o.sample))) for o in chosen]
-        findings += check_rewards(rewards, samples, [o.reference for o in chosen])
+        found = check_rewards(rewards, samples, [o.reference for o in chosen])
+        if found:
+            thinking = [reference_rollout(o.sample, renderer, o.prompt, fill="empty_think") for o in chosen]
+            found = found if check_rewards(rewards, samples, thinking) else []
+        findings += found
     rows = f"{len(opened)} rows, the annotation and {len(HOSTILE)} hostile texts of each" if opened else "no rows"
     fine = "" if findings or not opened else ": as they should be"
     print(f"  rewards {', '.join(r.name for r in rewards)} tried on {rows}{fine}")

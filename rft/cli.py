@@ -48,6 +48,8 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--output", metavar="DIR", help="folder of the run; default: the recipe's, numbered")
     evaluate = command("eval", _evaluate, "Score a checkpoint on a recipe's test split.")
     evaluate.add_argument("--checkpoint", required=True, metavar="DIR", help="a model or adapter folder, or a hub name")
+    asked = "ask as in this phase; from two on also the best of them; PHASE.mix is what a phase mixes in; default: the last"
+    evaluate.add_argument("--prompts", type=_names, default=(), metavar="PHASE[,PHASE]", help=asked)
     evaluate.add_argument("--split", default="test", choices=("train", "validation", "test"))
     evaluate.add_argument("--output", metavar="FILE.json", help="write metrics and answers here")
     check = command("check", _check, "Look for what would go wrong, without a model: keys, rewards, rows, media, budgets.")
@@ -94,6 +96,13 @@ def _number(text: str) -> int:
     return int(text)
 
 
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different phases, e.g. direct,think")
+    return names
+
+
 def _seeds(text: str) -> tuple[int, ...]:
     parts = text.split(",")
     if not all(part.strip().isdecimal() for part in parts):
@@ -110,7 +119,8 @@ def _train(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from rft.evaluate import evaluate
 
-    evaluate(options.recipe, options.sets, options.checkpoint, split=options.split, output=options.output)
+    given = {"split": options.split, "output": options.output, "prompts": options.prompts}
+    evaluate(options.recipe, options.sets, options.checkpoint, **given)
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,7 @@ from rft.errors import RecipeError
 from rft.families import FAMILIES
 from rft.layers import stack
 from rft.plugins import find_file, load_object
+from rft.ranges import check_ranges
 from rft.rollout.render import Prompt
 from rft.scoring import Reward
 from rft.strict import build, join, nearest
@@ -139,6 +140,18 @@ class Clip:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Mix:
+    """Some groups of a phase are asked otherwise: each one by chance, all its members alike.
+
+    What an answer must look like goes with the prompt, so the rewards may be others too. Evaluations ask as the phase does.
+    """
+
+    share: float = 0.5  # probability that a group gets these prompts; its step and sample decide, and nothing else
+    prompts: Mapping[str, Prompt] = field(default_factory=dict)  # replace those of the phase, by task
+    rewards: tuple[str, ...] = ()  # names; empty is those of the phase
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
     """One stretch of training with one objective. `objective: nll` is supervised and samples nothing."""
 
@@ -164,6 +177,7 @@ class Phase:
     sampling: Sampling = field(default_factory=Sampling)
     prompts: Mapping[str, Prompt] = field(default_factory=dict)  # replace those of the recipe, by task
     rewards: tuple[str, ...] = ()  # names; empty is all of the recipe's
+    mix: Mix | None = None  # other prompts for some of its groups
     learning_rate: float = 1e-6
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = 0
@@ -176,6 +190,14 @@ class Phase:
     def supervised(self) -> bool:
         """True when the annotation is the whole group."""
         return self.objective == "nll"
+
+    @property
+    def mixed(self) -> Phase | None:
+        """The phase as a group with the mixed-in prompts meets it; None where nothing is mixed in."""
+        if self.mix is None:
+            return None
+        prompts = {**self.prompts, **self.mix.prompts}
+        return replace(self, prompts=prompts, rewards=self.mix.rewards or self.rewards, mix=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,7 +238,7 @@ class Recipe:
     log_rollouts: bool = True
 
     def __post_init__(self) -> None:
-        _check_ranges("", self)
+        check_ranges(self)
         for at, family in (("family", self.family), ("tiny.family", self.tiny.family)):
             if family not in FAMILIES:
                 raise RecipeError(at, f"unknown family {family!r}", nearest(family, FAMILIES))
@@ -235,57 +257,22 @@ class Recipe:
         """The rewards of a phase, by name."""
         return {n: s for n, s in self.rewards.items() if not phase.rewards or n in phase.rewards}
 
+    def accuracy_of(self, phase: Phase) -> tuple[str, ...]:
+        """Names of the rewards that say how right an answer is: those named, or the only one. Empty is the whole reward."""
+        own = tuple(self.rewards_of(phase))
+        return phase.accuracy or (own if len(own) == 1 else ())
+
     def prompts_of(self, phase: Phase | None) -> dict[str, Prompt]:
         """The prompts of a phase, by task."""
         return {**self.prompts, **(phase.prompts if phase else {})}
 
-
-SOME = 1e-9  # the least of what has to be above 0
-LEAST: Mapping[type, Mapping[str, float]] = {
-    Recipe: {"max_prompt_tokens": 1, "save_steps": 0, "seed": 0, "max_tokens_per_pass": 0, "vision_memory_gb": 0},
-    Phase: {
-        **dict.fromkeys(("steps", "groups_per_step", "groups_per_device", "updates"), 1),
-        **dict.fromkeys(("check_every", "refill", "learning_rate", "warmup_steps", "weight_decay", "importance_cap"), 0),
-        "max_grad_norm": SOME,
-    },
-    Sampling: {"temperature": 0, "top_k": 0, "top_p": SOME, "max_tokens": 1},
-    Evaluation: {"max_tokens": 1, "temperature": 0, "max_samples": 0},
-    Clip: {"low": 0, "high": 0},
-    KL: {"weight": 0},
-    Data: {"max_bad_share": 0, "frame_cache_gb": 0, "workers": -1},
-    World: {
-        **{"train": 1, "validation": 0, "test": 0, "seconds": 1, "tick": SOME, "fps": 1, "size": 16},
-        **{"longest": 0, "objects": 1},
-    },
-    Lora: {"rank": 1, "alpha": 1, "dropout": 0},
-    Tiny: {**dict.fromkeys(("hidden", "layers", "heads", "vision_hidden", "vision_layers"), 1), "init_std": SOME},
-}
-MOST: Mapping[type, Mapping[str, float]] = {
-    Sampling: {"top_p": 1},
-    Clip: {"low": 1},
-    Data: {"max_bad_share": 1},
-    World: {"objects": 4},
-    Lora: {"dropout": 0.99},
-}
-
-
-def _check_ranges(at: str, node: Any) -> None:
-    """Every number of the tree against `LEAST` and `MOST`."""
-    for key, least in LEAST.get(type(node), {}).items():
-        if getattr(node, key) < least:
-            bound = "a number above 0" if least == SOME else f"{least:g} or more"
-            raise RecipeError(join(at, key), f"{getattr(node, key):g} is too small", f"use {bound}")
-    for key, most in MOST.get(type(node), {}).items():
-        if getattr(node, key) > most:
-            raise RecipeError(join(at, key), f"{getattr(node, key):g} is too large", f"use {most:g} or less")
-    for key in (f.name for f in fields(node)):
-        below = getattr(node, key)
-        entries = (
-            {join(at, f"{key}.{n}"): e for n, e in below.items()} if isinstance(below, Mapping) else {join(at, key): below}
-        )
-        for name, entry in entries.items():
-            if is_dataclass(entry):
-                _check_ranges(name, entry)
+    @property
+    def asked(self) -> dict[str, Phase]:
+        """Every set of prompts by name: PHASE, and PHASE.mix for those that it mixes in."""
+        named = {}
+        for name, phase in self.phases.items():
+            named |= {name: phase} | ({f"{name}.mix": phase.mixed} if phase.mixed else {})
+        return named
 
 
 def _check_phase(at: str, phase: Phase, recipe: Recipe) -> None:
@@ -311,6 +298,8 @@ def _check_phase(at: str, phase: Phase, recipe: Recipe) -> None:
     for name in phase.accuracy:
         if name not in (own := recipe.rewards_of(phase)):
             raise RecipeError(f"{at}.accuracy", f"{name!r} is no reward of this phase", nearest(name, own))
+    if phase.mix:
+        _check_mix(f"{at}.mix", phase, recipe)
     if phase.supervised:
         if phase.guidance:
             what = "a supervised phase is nothing but the annotation"
@@ -327,12 +316,25 @@ def _check_phase(at: str, phase: Phase, recipe: Recipe) -> None:
         raise RecipeError(f"{at}.rewards", "a phase that samples needs a reward", "add one under rewards")
     if phase.sampling.temperature == 0:
         raise RecipeError(f"{at}.sampling.temperature", "sampling at 0 gives identical rollouts", "use 1.0")
-    if recipe.lora and phase.kl.weight and phase is not next(iter(recipe.phases.values())):
+    is_first = phase is next(iter(recipe.phases.values()))
+    if recipe.lora and phase.kl.weight and phase.kl.reference == "phase" and not is_first:
         raise RecipeError(
-            f"{at}.kl.weight", "with adapters the reference is the model without them, not the start of this phase",
-            "train the earlier phases apart, `rft export --merge`, and start from that folder; or set the weight to 0",
+            f"{at}.kl.reference", "with adapters the reference is the model without them, not the start of this phase",
+            "set it to run; or train the earlier phases apart, `rft export --merge`, and start from that folder",
         )  # fmt: skip
     _check_estimator(at, phase)
+
+
+def _check_mix(at: str, phase: Phase, recipe: Recipe) -> None:
+    """Prompts that are others, and rewards that say how right an answer is whatever it was asked with."""
+    if recipe.prompts_of(phase.mixed) == recipe.prompts_of(phase):
+        raise RecipeError(f"{at}.prompts", "these are the prompts of the phase itself", "give other ones, or take mix out")
+    for name in phase.mix.rewards:
+        if name not in recipe.rewards:
+            raise RecipeError(f"{at}.rewards", f"unknown reward {name!r}", nearest(name, recipe.rewards))
+    if missing := [name for name in recipe.accuracy_of(phase) if name not in recipe.rewards_of(phase.mixed)]:
+        what = f"{missing[0]} says how right an answer is, and is not among them"
+        raise RecipeError(f"{at}.rewards", what, f"add {missing[0]}")
 
 
 def _check_estimator(at: str, phase: Phase) -> None:
@@ -437,6 +439,6 @@ _Dumper.add_representer(list, lambda d, items: d.represent_sequence("tag:yaml.or
 
 
 __all__ = [
-    "Clip", "Data", "Evaluation", "Loaded", "Lora", "Phase", "Recipe", "RewardSpec", "Sampling", "Tiny", "Trainable",
+    "Clip", "Data", "Evaluation", "Loaded", "Lora", "Mix", "Phase", "Recipe", "RewardSpec", "Sampling", "Tiny", "Trainable",
     "World", "load", "resolved", "show",
 ]  # fmt: skip

@@ -40,13 +40,14 @@ from rft.hf.step import Stage
 from rft.hf.tiny import make_tiny
 from rft.hf.together import Together
 from rft.hf.trainer import GroupTrainer
+from rft.hf.voice import Voice
 from rft.quarantine import Quarantine
-from rft.recipe import SPLITS, Loaded, Phase, load, resolved
+from rft.recipe import SPLITS, Loaded, Phase, Recipe, load, resolved
 from rft.report.curves import draw_curves
 from rft.report.rollout_log import RolloutLog
 from rft.report.table import table
 from rft.rollout.policy import Limits
-from rft.rollout.reference import reference_rollout
+from rft.rollout.reference import reference_rollout, variants
 from rft.rollout.render import Renderer
 from rft.scoring import Reward
 from rft.synthetic.world import make_world
@@ -128,18 +129,27 @@ def _phases(run: Run) -> dict[str, Any]:
         make_tiny(Path(model), recipe.tiny, seed=recipe.seed)
     run.together.wait()
     summary: dict[str, Any] = {}
-    names = list(recipe.phases)
+    names, start = list(recipe.phases), model
+    _refuse_adapter(start, recipe)
     for number, name in enumerate(names):
         target = run.folder / "checkpoint" if number == len(names) - 1 else run.folder / "phases" / name
         policy = open_policy(model, recipe, train=True)
         if not number:
             summary = _before(run, policy, renderer_for(recipe, policy, recipe.phases[name]))
-        result = _phase(run, name, policy, target)
+        result = _phase(run, name, policy, target, start)
         summary["final" if number == len(names) - 1 else name] = result
         model = str(target)
         del policy
         gc.collect()
     return summary
+
+
+def _refuse_adapter(start: str, recipe: Recipe) -> None:
+    """With adapters the reference is the model without them: not where a run begins that begins with an adapter."""
+    pulled = [name for name, phase in recipe.phases.items() if phase.kl.weight and not phase.supervised]
+    if pulled and Path(start, "adapter_config.json").is_file():
+        what = f"an adapter: the model without it is no reference for the KL of phase {pulled[0]}"
+        raise RecipeError(f"model {start}", what, "`rft export --merge` it and start from that folder, or set kl.weight to 0")
 
 
 def _before(run: Run, policy: LoadedModel, renderer: Renderer) -> dict[str, Any]:
@@ -159,11 +169,16 @@ def _before(run: Run, policy: LoadedModel, renderer: Renderer) -> dict[str, Any]
     }
 
 
-def _phase(run: Run, name: str, policy: LoadedModel, target: Path) -> dict[str, float]:
-    """Train one phase, save it to `target` and return its metrics on the test split."""
+def _phase(run: Run, name: str, policy: LoadedModel, target: Path, start: str) -> dict[str, float]:
+    """Train one phase, save it to `target` and return its metrics on the test split; the run itself began with `start`."""
     recipe, phase = run.loaded.recipe, run.loaded.recipe.phases[name]
     together = run.together
     renderer = renderer_for(recipe, policy, phase)
+    own = Voice(name="phase", renderer=renderer, rewards=run.loaded.rewards(phase))
+    mixed = None
+    if phase.mixed:
+        rewards = run.loaded.rewards(phase.mixed)
+        mixed = Voice(name="mix", renderer=renderer_for(recipe, policy, phase.mixed), rewards=rewards)
     room = int(recipe.vision_memory_gb * 2**30)
     lens = policy.lens(run.frames, phase.sampling.temperature, policy.memory(run.frames, room))
     seen = replace(lens, memory=policy.memory(run.frames, 0))  # an evaluation does not disturb what a step still needs
@@ -178,9 +193,10 @@ def _phase(run: Run, name: str, policy: LoadedModel, target: Path) -> dict[str, 
         name=name,
         phase=phase,
         seed=recipe.seed,
-        samples=_askable(run, renderer, name, phase),
-        renderer=renderer,
-        rewards=run.loaded.rewards(phase),
+        samples=_askable(run, [own, mixed] if mixed else [own], name, phase),
+        renderer=own.renderer,
+        rewards=own.rewards,
+        mixed=mixed,
         lens=lens,
         reference_lens=replace(lens, memory=policy.reference_memory(run.frames, room)) if lens.memory is None else None,
         max_tokens_per_pass=recipe.max_tokens_per_pass,
@@ -201,6 +217,7 @@ def _phase(run: Run, name: str, policy: LoadedModel, target: Path) -> dict[str, 
         policy,
         stage,
         arguments(recipe, name, run.folder / "phases" / name, world=together.size, checkpointing=checkpointing),
+        reference=start if phase.kl.reference == "run" else "",
         ahead=_ahead(run, stage) if run.prefetcher else None,
         together=together,
         guard=guard,
@@ -253,20 +270,23 @@ def _ahead(run: Run, stage: Stage) -> Callable[[Sequence[int]], None]:
     return ahead
 
 
-def _askable(run: Run, renderer: Renderer, name: str, phase: Phase) -> list[Sample]:
-    """Training samples with their messages, as far as they can be asked in this phase; the others are named.
+def _askable(run: Run, voices: Sequence[Voice], name: str, phase: Phase) -> list[Sample]:
+    """Training samples, as far as they can be asked in every voice of this phase; the others are named.
 
     Where the annotation may join a group, it has to earn the maximum: one that is reversed, say, would teach the opposite.
     """
     askable, refused = [], []
-    rewards = [r for r in run.loaded.rewards(phase) if r.name in phase.accuracy or not phase.accuracy]
+    right = run.loaded.recipe.accuracy_of(phase)
     for sample in run.splits["train"]:
         try:
-            if phase.supervised:
-                renderer.answer_text(sample)
-            if phase.guidance:
-                _deserves_a_seat(sample, renderer, rewards, phase.guidance)
-            askable.append(replace(sample, messages=tuple(renderer.messages(sample))))
+            for voice in voices:
+                asked = replace(sample, messages=tuple(voice.renderer.messages(sample)))
+                if phase.supervised:
+                    voice.renderer.answer_text(asked)
+                if phase.guidance:
+                    rewards = [r for r in voice.rewards if r.name in right or not right]
+                    _deserves_a_seat(asked, voice.renderer, rewards, phase.guidance)
+            askable.append(sample)
         except DataError as error:
             refused.append((sample.id, error))
     if run.together.rank == 0:
@@ -287,8 +307,9 @@ def _deserves_a_seat(sample: Sample, renderer: Renderer, rewards: Sequence[Rewar
 
     def findings(*views: View) -> list[Finding]:
         world = Segment(author="world", text="", views=views)
-        reference = reference_rollout(sample, renderer, world, fill=guidance.fill, field=guidance.field)
-        return reference_earns_maximum(rewards, [sample], [reference], {})
+        told = variants(sample, guidance)
+        references = [reference_rollout(s, renderer, world, fill=guidance.fill, field=guidance.field) for s in told]
+        return reference_earns_maximum(rewards, [sample], references, {})
 
     if findings() and (found := findings(*(renderer.view(sample, i) for i in range(len(sample.media))))):
         raise DataError(f"sample {sample.id}", found[0].what, found[0].do)

@@ -6,7 +6,7 @@ Functions of (model, groups, stage): the trainer only binds them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -28,6 +28,7 @@ from rft.hf.head import plain
 from rft.hf.logprobs import Lens, token_logprobs
 from rft.hf.sharded import is_sharded
 from rft.hf.together import Together
+from rft.hf.voice import Voice, apart
 from rft.quarantine import Quarantine
 from rft.recipe import Phase
 from rft.report.rollout_log import RolloutLog
@@ -50,7 +51,10 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stage:
-    """What a phase needs to turn samples into batches: everything but the weights."""
+    """What a phase needs to turn samples into batches: everything but the weights.
+
+    Groups are asked by `renderer` and judged by `rewards`; with `phase.mix` some by `mixed`, drawn per step and sample.
+    """
 
     name: str
     phase: Phase
@@ -58,6 +62,7 @@ class Stage:
     samples: Sequence[Sample]
     renderer: Renderer
     rewards: Sequence[Reward]
+    mixed: Voice | None = None
     lens: Lens
     reference_lens: Lens | None = None  # of the reference model, where its vision tower is another one
     eos_ids: tuple[int, ...]
@@ -78,6 +83,17 @@ class Stage:
         names = self.phase.accuracy or [r.name for r in self.rewards if len(self.rewards) == 1]
         return {r.name: r.weight for r in self.rewards if r.name in names} or None
 
+    @property
+    def own(self) -> Voice:
+        """The phase's own prompts and rewards."""
+        return Voice(name="phase", renderer=self.renderer, rewards=self.rewards)
+
+    def voice(self, sample: Sample, step: int) -> Voice:
+        """What the groups of this sample are asked with at this step: the same on any rank, and in a refill."""
+        mix = self.phase.mix
+        is_mixed = mix is not None and stream_key(self.seed, self.name, step, sample.id, "mix") / 2**64 < mix.share
+        return self.mixed if is_mixed else self.own
+
     def step(
         self,
         indices: Sequence[int],
@@ -95,13 +111,13 @@ class Stage:
         """
         samples, prompts = self.open(indices, step)
         if self.phase.supervised:
-            groups, metrics = self.annotate(samples, prompts), {}
+            groups, metrics = self.annotate(samples, prompts, step), {}
         else:
             groups, metrics = self.explore(samples, prompts, model, step, together, trainer_state)
         examples = self.credit(groups, together)
         packs = [self.pack(e) for e in examples]
         if self.rollout_log:
-            self.rollout_log.write(step, groups, examples)
+            self._log(step, groups, examples)
         agreed = self.agree(packs, together)
         if self.lens.memory is not None:
             self.lens.memory.encode(model, (v for p in packs if self.teaches(p) for n in p.nodes for v in n.views))
@@ -112,7 +128,10 @@ class Stage:
         return batches, agreed, metrics
 
     def open(self, indices: Sequence[int], step: int) -> tuple[list[Sample], list[Segment]]:
-        """Samples with their prompts. One whose media cannot be read is quarantined, and another drawn in its place."""
+        """Samples as they are asked at this step, with their prompts.
+
+        One whose media cannot be read is quarantined, and another drawn in its place.
+        """
         opened = [self._readable(self.samples[index], step) for index in indices]
         return [sample for sample, _ in opened], [prompt for _, prompt in opened]
 
@@ -121,11 +140,12 @@ class Stage:
         begin = self._draw(step, sample.id, "in place of")
         for place in range(len(self.samples) + 1):
             if sample.id not in self.quarantine:
+                renderer = self.voice(sample, step).renderer
                 try:
-                    prompt = self.renderer.prompt(sample)
+                    prompt = renderer.prompt(sample)
                     for view in prompt.views:
                         self.lens.frames.get(view)  # headers can be sound and frames not
-                    return sample, prompt
+                    return replace(sample, messages=tuple(renderer.messages(sample))), prompt
                 except DataError as error:
                     self.quarantine.add(sample.id, error)
             sample = self.samples[(begin + place) % len(self.samples)]
@@ -135,11 +155,11 @@ class Stage:
         """Index of a sample, by hash."""
         return stream_key(self.seed, self.name, step, *why) % len(self.samples)
 
-    def annotate(self, samples: Sequence[Sample], prompts: Sequence[Segment]) -> list[Group]:
+    def annotate(self, samples: Sequence[Sample], prompts: Sequence[Segment], step: int) -> list[Group]:
         """Supervised groups: the annotation is the only member, and nobody scores it."""
+        rollouts = [reference_rollout(s, self.voice(s, step).renderer, p) for s, p in zip(samples, prompts, strict=True)]
         return [
-            Group(sample=s, members=(Scored(rollout=reference_rollout(s, self.renderer, p), reward=0.0, parts={}),))
-            for s, p in zip(samples, prompts, strict=True)
+            Group(sample=s, members=(Scored(rollout=r, reward=0.0, parts={}),)) for s, r in zip(samples, rollouts, strict=True)
         ]
 
     def explore(
@@ -158,8 +178,8 @@ class Stage:
         policy = ModelPolicy(model, self.lens, self.eos_ids, weights=step)
         size, guidance = self.phase.group_size, self.phase.guidance
 
-        def judged(pairs: Sequence[tuple[Sample, Sequence[Rollout]]]) -> Sequence[Group]:
-            groups, report = score(pairs, self.rewards, trainer_state=trainer_state)
+        def judged(voice: Voice, pairs: Sequence[tuple[Sample, Sequence[Rollout]]]) -> Sequence[Group]:
+            groups, report = score(pairs, voice.rewards, trainer_state=trainer_state)
             for name, count in report.failed.items():
                 failed[name] = failed.get(name, 0) + count
             for error in report.errors:
@@ -176,38 +196,48 @@ class Stage:
             ]
             sizes = [size - (w and is_certain(guidance)) for w in wanted]
             rollouts = roll_out(samples, prompts, sizes, policy=policy, renderer=self.renderer, limits=self.limits, draw=draw)
-            alone = judged(list(zip(samples, rollouts, strict=True)))
+            voices = [self.voice(s, step) for s in samples]
+            alone = apart(voices, lambda voice, places: judged(voice, [(samples[i], rollouts[i]) for i in places]))
             if guidance is None:
                 return alone, list(mute(alone, self.advantages))
-            guide = Guide(
-                guidance=guidance,
-                size=size,
-                policy=policy,
-                renderer=self.renderer,
-                limits=self.limits,
-                judge=judged,
-                compares_siblings=any(r.per == "group" for r in self.rewards),
-                accuracy=lambda member: accuracy_of(member, self.accuracy)[0],
-                draw=draw,
-            )
-            return alone, list(mute(guide.join(alone, prompts, wanted), self.advantages))
+
+            def joined(voice: Voice, places: list[int]) -> list[Group]:
+                guide = Guide(
+                    guidance=guidance,
+                    size=size,
+                    policy=policy,
+                    renderer=voice.renderer,
+                    limits=self.limits,
+                    judge=partial(judged, voice),
+                    compares_siblings=any(r.per == "group" for r in voice.rewards),
+                    accuracy=lambda member: accuracy_of(member, self.accuracy)[0],
+                    draw=draw,
+                )
+                return guide.join(*([column[i] for i in places] for column in (alone, prompts, wanted)))
+
+            return alone, list(mute(apart(voices, joined), self.advantages))
 
         failed: dict[str, int] = {}
         alone, groups = rolled(samples, prompts)
         metrics = describe(groups)
         if guidance is not None:
-            joined = describe(groups, guided=True)
-            metrics = describe(alone) | {k: v for k, v in joined.items() if k == "muted" or k.startswith("reference/")}
+            guided = describe(groups, guided=True)
+            metrics = describe(alone) | {k: v for k, v in guided.items() if k == "muted" or k.startswith("reference/")}
+        if self.mixed:
+            metrics["mixed"] = [float(self.voice(s, step).name == self.mixed.name) for s in samples]
         for attempt in range(self.phase.refill):
             silent = [i for i, g in enumerate(groups) if g.muted]
             if not together.any(bool(silent)):
                 break
             if self.rollout_log:  # what gives way is in the log as well
-                self.rollout_log.write(step, [groups[i] for i in silent], [credit(groups[i], None) for i in silent])
+                self._log(step, [groups[i] for i in silent], [credit(groups[i], None) for i in silent])
             drawn = [self._draw(step, groups[i].sample.id, "refill", attempt) for i in silent]
             for i, group in zip(silent, rolled(*self.open(drawn, step), "refill", attempt)[1], strict=True):
                 groups[i] = group
         return groups, metrics | {f"reward/{name}/failed": [float(n)] for name, n in failed.items() if n}
+
+    def _log(self, step: int, groups: Sequence[Group], examples: Sequence[Sequence[Example]]) -> None:
+        self.rollout_log.write(step, groups, examples, prompts=[self.voice(g.sample, step).name for g in groups])
 
     def advantages(self, group: Group) -> list[float]:
         """What the phase's estimator gives the members of a group, up to a scale where that is the batch's."""

@@ -29,7 +29,10 @@ from rft.types import Batch, Pack
 
 
 class GroupTrainer(GRPOTrainer):
-    """Trains one phase. TRL keeps its sampler, buffer, reference model, accelerate and checkpoints; the rest is ours."""
+    """Trains one phase. TRL keeps its sampler, buffer, reference model, accelerate and checkpoints; the rest is ours.
+
+    `reference` is the folder of the reference model; by default it is the one that the policy was loaded from.
+    """
 
     def __init__(
         self,
@@ -39,6 +42,7 @@ class GroupTrainer(GRPOTrainer):
         *,
         together: Together,
         guard: Guard,
+        reference: str = "",
         evaluate: Callable[[torch.nn.Module], dict[str, float]] | None = None,
         ahead: Callable[[Sequence[int]], None] | None = None,
         callbacks: Sequence[Any] = (),
@@ -48,14 +52,15 @@ class GroupTrainer(GRPOTrainer):
         least = args.generation_batch_size // args.num_generations
         copies = -(-least // len(stage.samples))  # TRL drops what does not fill a generation batch
         rows = [{"sample": i, "prompt": ""} for i in range(len(stage.samples))] * copies
-        super().__init__(
-            model=policy.model,
-            reward_funcs=[_never_called],
-            args=args,
-            train_dataset=Dataset.from_list(rows),
-            processing_class=policy.processor,
-            callbacks=list(callbacks),
-        )
+        with _named(policy.model, reference):
+            super().__init__(
+                model=policy.model,
+                reward_funcs=[_never_called],
+                args=args,
+                train_dataset=Dataset.from_list(rows),
+                processing_class=policy.processor,
+                callbacks=list(callbacks),
+            )
         if is_deepspeed_zero3_enabled() or self.accelerator.is_fsdp2:
             # a sharded reference answers in its own forward only, on all ranks alike
             self.stage = replace(stage, reference_lens=None)
@@ -132,7 +137,7 @@ class GroupTrainer(GRPOTrainer):
                 model.train(was_training)
 
     def _reference(self, packs: Sequence[Pack], kinds: frozenset[str]) -> list[Tensor]:
-        """Log-probs under the phase's start: a frozen copy, or the model without its adapter."""
+        """Log-probs under a frozen copy of the phase's or the run's start, or under the model without its adapter."""
         if self.ref_model is not None:
             return self._from(self.ref_model, packs, kinds)
         model = self.accelerator.unwrap_model(self.model)
@@ -145,6 +150,17 @@ class GroupTrainer(GRPOTrainer):
         if lens.memory is not None and lens is not self.stage.lens:
             lens.memory.encode(plain(model), (v for p in packs for n in p.nodes for v in n.views))
         return self.stage.log_probs(model, packs, kinds, self.together, lens)
+
+
+@contextmanager
+def _named(model: Any, folder: str) -> Iterator[None]:
+    """TRL loads its reference model by the name that the policy's config has: for as long as it looks, `folder`."""
+    name = model.config._name_or_path
+    model.config._name_or_path = folder or name
+    try:
+        yield
+    finally:
+        model.config._name_or_path = name
 
 
 def _never_called(**_: Any) -> list[float]:

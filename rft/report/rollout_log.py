@@ -16,10 +16,12 @@ class RolloutLog:
 
     path: Path
 
-    def write(self, step: int, groups: Sequence[Group], examples: Sequence[Sequence[Example]]) -> None:
-        """Append the groups of one generation with the advantages of their examples."""
+    def write(
+        self, step: int, groups: Sequence[Group], examples: Sequence[Sequence[Example]], *, prompts: Sequence[str]
+    ) -> None:
+        """Append the groups of one generation with the advantages of their examples, and whose prompts each was asked with."""
         lines = []
-        for group, rows in zip(groups, examples, strict=True):
+        for group, rows, asked in zip(groups, examples, prompts, strict=True):
             for member, row in zip(group.members, rows, strict=True):
                 trained = row.advantages_T[row.authors_T != WORLD]
                 lines.append(
@@ -27,6 +29,7 @@ class RolloutLog:
                         {
                             "step": step,
                             "sample": group.sample.id,
+                            "prompts": asked,
                             "author": "reference" if member.rollout.is_reference else "policy",
                             "text": member.rollout.text,
                             "stop": member.rollout.stop,

@@ -85,7 +85,8 @@ def test_recipe_trains_two_steps(recipe: str, stand_ins: dict[str, Path], tmp_pa
         lines = [json.loads(x) for x in (out / "rollouts" / f"{name}-0.jsonl").read_text().splitlines()]
         least = 2 * 2 * (1 if phase.supervised else 2)
         assert len(lines) == least or (phase.refill and len(lines) > least)  # what a refill replaced is in the log as well
-        wanted = set() if phase.supervised else set(load(str(ROOT / recipe)).recipe.rewards_of(phase))
+        asked = phase.mixed if lines[0]["prompts"] == "mix" else phase
+        wanted = set() if phase.supervised else set(load(str(ROOT / recipe)).recipe.rewards_of(asked))
         assert wanted <= set(lines[0]["parts"])
     model = AutoModelForImageTextToText.from_pretrained(out / "checkpoint")
     assert sum(p.numel() for p in model.parameters()) > 1e5

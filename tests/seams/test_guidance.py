@@ -13,13 +13,17 @@ import torch
 from rft.algo.guidance import Guidance
 from rft.algo.losses import OffPolicy
 from rft.errors import DataError
+from rft.evaluation.contract import reference_earns_maximum
 from rft.hf.step import Stage
 from rft.hf.together import Together
-from rft.rollout.policy import Scripted
-from rft.rollout.reference import reference_rollout
+from rft.plugins import load_object
+from rft.rollout.guided import Guide
+from rft.rollout.policy import Context, Scripted
+from rft.rollout.reference import reference_rollout, variants
 from rft.rollout.single import roll_out
+from rft.scoring import Reward, score
 from rft.train import train
-from rft.types import POLICY, REFERENCE, Rollout, Sample
+from rft.types import POLICY, REFERENCE, Group, Rollout, Sample
 from tests.recipes.test_recipes import ROOT, shortened
 from tests.stages import gradients, length_reward, opened, phase_of, relative, stage_of
 
@@ -178,3 +182,109 @@ def test_a_missing_rationale_is_known_before_training(world: Path, tmp_path: Pat
     with pytest.raises(DataError, match=r"3 samples cannot be used.*'why' holds no rationale"):
         train(str(ROOT / "recipes/charades_sta/tempsamp.yaml"), sets, str(tmp_path / "run"))
     assert (tmp_path / "run" / "quarantine.jsonl").read_text().count("holds no rationale") == 3
+
+
+IOU = Reward(name="iou", function=load_object("rewards/grounding.py:temporal_iou"))
+
+
+def joined(stage: Stage, samples: list[Sample], guidance: Guidance, *draw: object, heard: list[str]) -> list[Group]:
+    """The groups after the annotation joined them. The policy is always wrong; `heard` gets what each reply goes on from."""
+
+    def says(index: int, context: Context) -> str:
+        heard.append("".join(s.text for s in context.segments[1:]))
+        return "no idea"
+
+    policy = Scripted(says, stage.renderer.encode, stage.renderer.eos)
+    prompts = [stage.renderer.prompt(s) for s in samples]
+    limits = replace(stage.limits, max_tokens=99)
+
+    def judged(pairs):
+        return score(pairs, [IOU])[0]
+
+    rollouts = roll_out(samples, prompts, [3] * len(samples), policy=policy, renderer=stage.renderer, limits=limits, draw=draw)
+    guide = Guide(
+        guidance=guidance, size=4, policy=policy, renderer=stage.renderer, limits=limits, judge=judged, compares_siblings=False,
+        accuracy=lambda member: member.parts["iou"], draw=draw,
+    )  # fmt: skip
+    return guide.join(judged(list(zip(samples, rollouts, strict=True))), prompts, [True] * len(samples))
+
+
+def test_a_jittered_annotation_earns_what_it_earns(tiny_folders: dict[str, Path], world: Path) -> None:
+    """Each group has its own, whatever stands beside it, and the reward function says what it is worth."""
+    _, stage = guided(tiny_folders["qwen2_5_vl"], world, None)
+    samples = [replace(stage.samples[i], answer={"span": (0.5 * i, 7.0)}) for i in range(4)]
+    jittered = Guidance(spans="jittered", jitter=0.8)
+    groups = [joined(stage, samples, jittered, "seed", step, heard=[]) for step in range(20)]
+    rewards = [group.members[-1].reward for step in groups for group in step]
+    assert all(group.members[-1].rollout.is_reference for step in groups for group in step)
+    assert all(0.8 <= reward <= 1 for reward in rewards) and len(set(rewards)) > 30
+    for group in groups[0]:
+        start, end = map(float, group.members[-1].rollout.answer.split(" to "))
+        a, b = group.sample.answer["span"]
+        shared, union = min(end, b) - max(start, a), max(end, b) - min(start, a)
+        assert group.members[-1].reward == pytest.approx(shared / union) and end <= 8
+        assert [m.reward for m in group.members[:-1]] == [0.0] * 3
+    assert joined(stage, samples, jittered, "seed", 0, heard=[]) == groups[0]
+    (alone,) = joined(stage, samples[2:3], jittered, "seed", 0, heard=[])
+    assert alone == groups[0][2]  # the same on whatever rank it comes
+
+
+def test_any_valid_span_takes_the_seat_and_earns_everything(tiny_folders: dict[str, Path], world: Path) -> None:
+    _, stage = guided(tiny_folders["qwen2_5_vl"], world, None)
+    sample = replace(stage.samples[0], answer={"span": (1.0, 3.0), "valid_spans": ((4.0, 5.0), (6.0, 8.0))})
+    steps = [joined(stage, [sample], Guidance(spans="valid"), "seed", step, heard=[])[0] for step in range(30)]
+    assert {g.members[-1].rollout.answer for g in steps} == {"1.0 to 3.0", "4.0 to 5.0", "6.0 to 8.0"}
+    assert [g.members[-1].reward for g in steps] == [1.0] * 30
+    annotated = [joined(stage, [sample], Guidance(), "seed", step, heard=[])[0] for step in range(30)]
+    assert {g.members[-1].rollout.answer for g in annotated} == {"1.0 to 3.0"}
+
+
+def test_hints_of_one_group_are_of_one_span(tiny_folders: dict[str, Path], world: Path) -> None:
+    _, stage = guided(tiny_folders["qwen2_5_vl"], world, None)
+    sample = replace(stage.samples[0], answer={"span": (1.0, 7.0)})
+    told = set()
+    for step in range(10):
+        heard: list[str] = []
+        joined(stage, [sample], Guidance(spans="jittered", gate=0.5, hints=(0.25, 0.5, 0.9)), "seed", step, heard=heard)
+        assert heard[:3] == [""] * 3 and len(heard) == 3 + 3 * 4
+        low, middle, high = heard[3], heard[7], heard[11]
+        assert len(low) < len(middle) < len(high) and high.startswith(middle) and middle.startswith(low)
+        told.add(high)
+    assert len(told) > 3
+
+
+def test_every_valid_span_has_to_earn_the_maximum(tiny_folders: dict[str, Path], world: Path) -> None:
+    """A reward that knows of the annotated span only would punish the others."""
+    _, stage = guided(tiny_folders["qwen2_5_vl"], world, None)
+    sample = replace(stage.samples[0], answer={"span": (1.0, 3.0), "valid_spans": ((4.0, 5.0),)})
+
+    def narrow(rollout: Rollout, sample: Sample) -> float:
+        return IOU.function(rollout, replace(sample, answer={"span": sample.answer["span"]}))
+
+    def findings(reward: Reward, guidance: Guidance) -> list[str]:
+        references = [reference_rollout(told, stage.renderer) for told in variants(sample, guidance)]
+        return [f.what for f in reference_earns_maximum([reward], [sample], references, {})]
+
+    assert findings(IOU, Guidance(spans="valid")) == findings(replace(IOU, function=narrow), Guidance()) == []
+    (what,) = findings(replace(IOU, function=narrow), Guidance(spans="valid"))
+    assert what.startswith("the annotation earns 0 and not the maximum 1") and "4.0 to 5.0" in what
+def test_a_valid_span_that_its_completion_does_not_reach_is_refused_by_name(world: Path, tmp_path: Path) -> None:
+    """Two decimals say 0.00 to 0.50 of 0.004 to 0.5: with `spans: valid` it would take the seat, else it never does."""
+    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()][:6]
+    for row in rows:
+        row["video"] = str(world / row["video"])
+        row["answer"]["valid_spans"] = [[0.0, 0.5]]
+    rows[3]["answer"]["valid_spans"] = [[0.004, 0.5]]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    for spans in ("valid", "annotated"):
+        sets = [
+            *shortened("recipes/charades_sta/tempsamp.yaml", tmp_path / "train.jsonl"),
+            "data.test=",
+            "data.max_bad_share=0.5",
+            "phases.answer.groups_per_step=1",
+            f"phases.answer.guidance={{spans: {spans}}}",
+        ]
+        train(str(ROOT / "recipes/charades_sta/tempsamp.yaml"), sets, str(tmp_path / spans))
+    (refused,) = [json.loads(line) for line in (tmp_path / "valid" / "quarantine.jsonl").read_text().splitlines()]
+    assert rows[3]["id"] in json.dumps(refused) and "0.00 to 0.50" in json.dumps(refused)
+    assert not (tmp_path / "annotated" / "quarantine.jsonl").exists()

@@ -25,6 +25,7 @@ phases:
   grpo: {kl: {weight: 0.04, estimator: k1}, estimator_args: {std: none}, prompts: {grounding: {question: "no yes: {question}"}}}
   warmup: {objective: nll, betas: [0.9, 0.98]}
 """
+OTHER = {"default": {"question": "Think first: {question}"}}
 LEAST = {"name": "x", "model": "tiny", "phases": {"p": {"objective": "nll"}}}
 
 
@@ -140,7 +141,21 @@ def test_null_is_a_value_where_one_may_be_missing() -> None:
                 "rewards": {"r": {"use": "a.py:b"}},
                 "phases": {"p": {"objective": "nll"}, "q": {"kl": {"weight": 0.1}}},
             },
-            "phases.q.kl.weight",
+            "phases.q.kl.reference",
+        ),
+        (with_phase(kl={"reference": "start"}), "phases.p.kl.reference"),
+        (with_phase(mix={"share": 1.5, "prompts": OTHER}), "phases.p.mix.share"),
+        (with_phase(mix={"share": -0.5, "prompts": OTHER}), "phases.p.mix.share"),
+        (with_phase(mix={"prompts": {}}), "phases.p.mix.prompts"),
+        (with_phase(prompts=OTHER, mix={"prompts": OTHER}), "phases.p.mix.prompts"),
+        (with_phase(mix={"prompts": OTHER, "rewards": ["iuo"]}), "phases.p.mix.rewards"),
+        (
+            {
+                **LEAST,
+                "rewards": {"iou": {"use": "a.py:b"}, "layout": {"use": "a.py:b"}},
+                "phases": {"p": {"rewards": ["iou"], "mix": {"prompts": OTHER, "rewards": ["layout"]}}},
+            },
+            "phases.p.mix.rewards",
         ),
         (with_phase(betas=[0.9]), "phases.p.betas"),
         (with_phase(steps=0), "phases.p.steps"),
@@ -168,6 +183,44 @@ def test_a_batch_wide_deviation_needs_no_number_from_the_recipe() -> None:
 
 def test_a_supervised_phase_needs_neither_group_nor_reward() -> None:
     assert build(Recipe, {**LEAST, "phases": {"p": {"objective": "nll", "group_size": 1}}}).phases["p"].supervised
+
+
+def test_adapters_may_be_held_to_the_start_of_the_run_in_any_phase() -> None:
+    """The model without its adapter is the run's start throughout, and the phase's only in the first one."""
+    rewards = {"r": {"use": "a.py:b"}}
+    for first, second in (("phase", "run"), ("run", "run")):
+        phases = {name: {"kl": {"weight": 0.1, "reference": to}} for name, to in (("p", first), ("q", second))}
+        recipe = build(Recipe, {**LEAST, "lora": {}, "rewards": rewards, "phases": phases})
+        assert [p.kl.reference for p in recipe.phases.values()] == [first, second]
+
+
+def test_a_phase_that_mixes_has_two_sets_of_prompts() -> None:
+    values = {
+        **LEAST,
+        "prompts": {"default": {"question": "recipe"}, "a": {"question": "a"}},
+        "rewards": {"iou": {"use": "a.py:b"}, "layout": {"use": "a.py:b"}},
+        "phases": {
+            "p": {"rewards": ["iou"], "mix": {"prompts": OTHER, "rewards": ["iou", "layout"]}},
+            "q": {"accuracy": ["iou"], "prompts": {"b": {"question": "b"}}, "mix": {"prompts": OTHER}},
+            "r": {"objective": "nll"},
+        },
+    }
+    recipe = build(Recipe, values)
+    asked = {name: {t: p.question for t, p in recipe.prompts_of(phase).items()} for name, phase in recipe.asked.items()}
+    think = OTHER["default"]["question"]
+    assert asked == {
+        "p": {"default": "recipe", "a": "a"},
+        "p.mix": {"default": think, "a": "a"},
+        "q": {"default": "recipe", "a": "a", "b": "b"},
+        "q.mix": {"default": think, "a": "a", "b": "b"},
+        "r": {"default": "recipe", "a": "a"},
+    }
+    rewards = {name: list(recipe.rewards_of(phase)) for name, phase in recipe.asked.items()}
+    both = ["iou", "layout"]
+    assert rewards == {"p": ["iou"], "p.mix": both, "q": both, "q.mix": both, "r": both}
+    assert recipe.accuracy_of(recipe.phases["p"]) == recipe.accuracy_of(recipe.phases["q"]) == ("iou",)
+    assert recipe.phases["r"].mixed is None and recipe.asked["p.mix"].mix is None
+    assert build(Recipe, resolved(recipe)) == recipe
 
 
 def test_extends_merges_mappings_and_replaces_lists_and_scalars(write) -> None:
