@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rft import data_cli
+from rft import data_cli, launch_cli, slurm_cli, sweep_cli, train_cli
 from rft.errors import RecipeError, RftError
 
 
@@ -44,8 +44,7 @@ def parser() -> argparse.ArgumentParser:
             sub.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="sets", help="override one value")
         return sub
 
-    train = command("train", _train, "Train a recipe: every phase, then the table.")
-    train.add_argument("--output", metavar="DIR", help="folder of the run; default: the recipe's, numbered")
+    train_cli.add(commands)
     evaluate = command("eval", _evaluate, "Score a checkpoint on a recipe's test split.")
     evaluate.add_argument("--checkpoint", required=True, metavar="DIR", help="a model or adapter folder, or a hub name")
     asked = "ask as in this phase; from two on also the best of them; PHASE.mix is what a phase mixes in; default: the last"
@@ -81,6 +80,9 @@ def parser() -> argparse.ArgumentParser:
     copy.add_argument("name", help="e.g. rewards/grounding.py or recipes/quickstart.yaml")
     copy.add_argument("target", help="a folder or a file name")
     data_cli.add(commands)
+    launch_cli.add(commands)
+    slurm_cli.add(commands)
+    sweep_cli.add(commands)
     return top
 
 
@@ -108,12 +110,6 @@ def _seeds(text: str) -> tuple[int, ...]:
     if not all(part.strip().isdecimal() for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of seeds, e.g. 0,1,2")
     return tuple(int(part) for part in parts)
-
-
-def _train(options: argparse.Namespace) -> None:
-    from rft.train import train
-
-    train(options.recipe, options.sets, options.output)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@
     +-- RewardError    a reward raised or returned something that is not a reward
     +-- RolloutError   a rollout breaks a rule of its own grammar (authors, placeholders, budgets)
     +-- CompatError    an installed library does not behave as this package needs
-    +-- ClusterError   processes were launched in a way that would silently run something else
+    +-- ClusterError   processes were launched wrongly, lost each other, or met another run's or a cluster's refusal
 
 A message has three parts: where it happened, what is wrong, what to do. Text written by a model is data and never raises.
 """
@@ -46,4 +46,4 @@ class CompatError(RftError):
 
 
 class ClusterError(RftError):
-    """Processes were launched in a way that would silently run something else."""
+    """Processes were launched wrongly, lost each other, or a run, a disk or a cluster refused them."""

@@ -57,6 +57,16 @@ class Quarantine:
             if sample_id not in self.reasons:
                 self._count(sample_id, reason)
 
+    def kept(self) -> list[list[str]]:
+        """What is set aside, as plain values: `restore` takes them."""
+        return [[sample_id, r.where, r.what, r.do] for sample_id, r in self.reasons.items()]
+
+    def restore(self, kept: list[list[str]]) -> None:
+        """Set aside what an earlier attempt did; it was told then."""
+        for sample_id, where, what, do in kept:
+            if sample_id not in self.reasons:
+                self._count(sample_id, DataError(where, what, do))
+
     def _count(self, sample_id: str, reason: DataError) -> None:
         self.reasons[sample_id] = reason
         if len(self) > self._max_share * self._total + 1e-9:  # 0.29 x 100 is less than 29

@@ -12,7 +12,14 @@ from rft.strict import join
 SOME = 1e-9  # the least of what has to be above 0
 Bounds = Mapping[str, Mapping[str, float]]  # by class of the tree, then by key
 LEAST: Bounds = {
-    "Recipe": {"max_prompt_tokens": 1, "save_steps": 0, "seed": 0, "max_tokens_per_pass": 0, "vision_memory_gb": 0},
+    "Recipe": {
+        "max_prompt_tokens": 1,
+        "keep_last": 0,
+        "keep_best": 0,
+        "seed": 0,
+        "max_tokens_per_pass": 0,
+        "vision_memory_gb": 0,
+    },
     "Phase": {
         **dict.fromkeys(("steps", "groups_per_step", "groups_per_device", "updates"), 1),
         **dict.fromkeys(("check_every", "refill", "learning_rate", "warmup_steps", "weight_decay", "importance_cap"), 0),

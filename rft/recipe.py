@@ -23,6 +23,7 @@ from rft.layers import stack
 from rft.plugins import find_file, load_object
 from rft.ranges import check_ranges
 from rft.rollout.render import Prompt
+from rft.run.cadence import Cadence
 from rft.scoring import Reward
 from rft.strict import build, join, nearest
 
@@ -234,11 +235,16 @@ class Recipe:
     phases: Mapping[str, Phase] = field(default_factory=dict)
     evaluation: Evaluation = field(default_factory=Evaluation)
     output: str = "runs/{name}"
-    save_steps: int = 0  # optimizer steps between checkpoints inside a phase; 0 saves at its end only
+    save_every: str = "30m"  # or "10 generations"; "" saves at the end of a phase only
+    keep_last: int = 2  # checkpoints of a phase; 0 keeps all
+    keep_best: int = 0  # as many more, and one is saved at every new best of the validation
+    best_by: str = "miou"
     log_rollouts: bool = True
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ()  # beside the files of the run
 
     def __post_init__(self) -> None:
         check_ranges(self)
+        Cadence.parse(self.save_every)
         for at, family in (("family", self.family), ("tiny.family", self.tiny.family)):
             if family not in FAMILIES:
                 raise RecipeError(at, f"unknown family {family!r}", nearest(family, FAMILIES))

@@ -101,3 +101,15 @@ def _scalar(hint: type, value: Any, at: str) -> Any:
         return value
     kind, do = KINDS[hint]
     raise RecipeError(at, f"expected {kind}, got {value!r}", do)
+
+
+def differing(mine: Any, theirs: Any, at: str = "") -> str:
+    """The first dotted key at which two trees of plain values differ; "" where they are equal."""
+    if not (isinstance(mine, Mapping) and isinstance(theirs, Mapping)):
+        return "" if mine == theirs else at or "everything"
+    for key in [*mine, *(k for k in theirs if k not in mine)]:
+        here = join(at, key)
+        below = differing(mine[key], theirs[key], here) if key in mine and key in theirs else here
+        if below:
+            return below
+    return ""

@@ -40,7 +40,7 @@ def arguments(recipe: Recipe, name: str, folder: Path, *, world: int, checkpoint
     phase = recipe.phases[name]
     rows = rows_per_group(phase)
     steps = accumulation(phase, world, f"phases.{name}")
-    return GRPOConfig(
+    config = GRPOConfig(
         output_dir=str(folder),
         per_device_train_batch_size=phase.groups_per_device * rows,
         num_generations=rows,
@@ -61,11 +61,11 @@ def arguments(recipe: Recipe, name: str, folder: Path, *, world: int, checkpoint
         bf16=pick_dtype(recipe.dtype) == torch.bfloat16,
         use_cpu=not torch.cuda.is_available(),
         gradient_checkpointing=checkpointing,
-        save_strategy="steps" if recipe.save_steps else "no",
-        save_steps=recipe.save_steps or 500,
+        save_strategy="no",  # `saving.py` decides
+        shuffle_dataset=False,  # the rows are in the order of the whole phase
         logging_steps=1,
         disable_tqdm=True,
-        report_to=[],
+        report_to="none",  # `trackers.py` calls the integrations, over all phases of a run
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
         ddp_broadcast_buffers=False,
@@ -73,3 +73,5 @@ def arguments(recipe: Recipe, name: str, folder: Path, *, world: int, checkpoint
         use_vllm=False,
         eval_strategy="no",
     )
+    config._n_gpu = min(1, config.n_gpu)  # without a launcher the library would wrap the model in DataParallel, in silence
+    return config

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers import TrainerCallback
 
@@ -54,6 +56,24 @@ class MetricsFile(TrainerCallback):
             file.write(json.dumps(line) + "\n")
 
 
+class GradientDigest(TrainerCallback):
+    """One JSON line per step: a hash of the gradients' bits, "" where an engine keeps them to itself."""
+
+    def __init__(self, path: Path, phase: str) -> None:
+        self._path, self._phase = path, phase
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        digest, seen = blake2b(digest_size=16), False
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                digest.update(name.encode())
+                digest.update(parameter.grad.detach().cpu().contiguous().view(torch.uint8).numpy())
+                seen = True
+        line = {"phase": self._phase, "step": state.global_step + 1, "gradients": digest.hexdigest() if seen else ""}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
 class Validate(TrainerCallback):
     """Evaluates every `every` steps, and ends the phase when a condition holds. Every rank asks and hears the same."""
 
@@ -69,11 +89,13 @@ class Validate(TrainerCallback):
         self._every, self._evaluate, self._report = every, evaluate, report
         self._until, self._known = until, known
         self.reached = False
+        self.at, self.metrics = 0, dict[str, float]()  # the step that was looked at last, and what was seen
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self._every:
             return
         metrics = self._evaluate()
+        self.at, self.metrics = state.global_step, metrics
         self._report(state.global_step, {f"validation/{k}": v for k, v in metrics.items()})
         if self._until and self._until.holds({**self._known, **metrics}):
             self.reached = control.should_training_stop = True

@@ -109,6 +109,7 @@ class Stage:
         `reference(packs, kinds) -> ref_N` is called only when the KL weight is not 0. `together` holds the collectives;
         rewards in TRL's style get `trainer_state`.
         """
+        together.doing("opening", [self.samples[i].id for i in indices])
         samples, prompts = self.open(indices, step)
         if self.phase.supervised:
             groups, metrics = self.annotate(samples, prompts, step), {}
@@ -121,6 +122,7 @@ class Stage:
         agreed = self.agree(packs, together)
         if self.lens.memory is not None:
             self.lens.memory.encode(model, (v for p in packs if self.teaches(p) for n in p.nodes for v in n.views))
+        together.doing("running over what was written", [s.id for s in samples], meets=True)
         sampled = not self.phase.supervised
         old = self.log_probs(model, packs, agreed.kinds, together) if sampled and self.phase.updates > 1 else None
         ref = reference(packs, agreed.kinds) if sampled and self.phase.kl.weight else None
@@ -179,6 +181,7 @@ class Stage:
         size, guidance = self.phase.group_size, self.phase.guidance
 
         def judged(voice: Voice, pairs: Sequence[tuple[Sample, Sequence[Rollout]]]) -> Sequence[Group]:
+            together.doing("scoring", [sample.id for sample, _ in pairs])
             groups, report = score(pairs, voice.rewards, trainer_state=trainer_state)
             for name, count in report.failed.items():
                 failed[name] = failed.get(name, 0) + count
@@ -195,6 +198,7 @@ class Stage:
                 guidance is not None and wants_seat(guidance, step, stream_key(*draw, s.id, "guided") / 2**64) for s in samples
             ]
             sizes = [size - (w and is_certain(guidance)) for w in wanted]
+            together.doing("rolling out", [s.id for s in samples])
             rollouts = roll_out(samples, prompts, sizes, policy=policy, renderer=self.renderer, limits=self.limits, draw=draw)
             voices = [self.voice(s, step) for s in samples]
             alone = apart(voices, lambda voice, places: judged(voice, [(samples[i], rollouts[i]) for i in places]))

@@ -22,6 +22,7 @@ from rft.hf.compat import reload_weights
 from rft.hf.head import plain
 from rft.hf.models import LoadedModel
 from rft.hf.nonfinite import Guard
+from rft.hf.saving import Saver
 from rft.hf.sharded import gathered
 from rft.hf.step import Stage
 from rft.hf.together import Together
@@ -42,6 +43,7 @@ class GroupTrainer(GRPOTrainer):
         *,
         together: Together,
         guard: Guard,
+        saver: Saver | None = None,
         reference: str = "",
         evaluate: Callable[[torch.nn.Module], dict[str, float]] | None = None,
         ahead: Callable[[Sequence[int]], None] | None = None,
@@ -49,15 +51,19 @@ class GroupTrainer(GRPOTrainer):
     ) -> None:
         self.stage, self.together, self.guard, self._evaluate, self._ahead = stage, together, guard, evaluate, ahead
         self._sums: dict[str, float] = {}
-        least = args.generation_batch_size // args.num_generations
-        copies = -(-least // len(stage.samples))  # TRL drops what does not fill a generation batch
-        rows = [{"sample": i, "prompt": ""} for i in range(len(stage.samples))] * copies
+        self._saver = saver
+        asked = order(
+            len(stage.samples),
+            at_once=args.generation_batch_size // args.num_generations,
+            generations=-(-args.max_steps // args.num_iterations),
+            seed=args.seed,
+        )
         with _named(policy.model, reference):
             super().__init__(
                 model=policy.model,
                 reward_funcs=[_never_called],
                 args=args,
-                train_dataset=Dataset.from_list(rows),
+                train_dataset=Dataset.from_dict({"sample": asked, "prompt": [""] * len(asked)}),
                 processing_class=policy.processor,
                 callbacks=list(callbacks),
             )
@@ -94,6 +100,7 @@ class GroupTrainer(GRPOTrainer):
         if not batches:
             what = "TRL split the batch below one group: a bug, report it"
             raise RolloutError("loss", "a micro-step without groups", what)
+        self.together.doing("training", [e.sample_id for b in batches for e in b.pack.examples[:1]], meets=True)
         loss, sums = self.stage.loss(model, batches, inputs["agreed"][0], self.together)
         self.guard.see(batches, loss, self.state.global_step)
         for name, value in sums.items():
@@ -108,6 +115,12 @@ class GroupTrainer(GRPOTrainer):
         """The loader is one generation ahead of the training: what it meets is decoded meanwhile."""
         self._ahead(list(dict.fromkeys(row["sample"] for row in rows)))
         return rows
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """The trainer's own state; TRL would add a model card to it."""
+        if self._saver is None:
+            raise RolloutError("checkpoint", "nobody said where checkpoints go", "give the trainer a saver")
+        self._saver.save(lambda: super(GRPOTrainer, self)._save_checkpoint(model, trial), self.state.global_step)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not reload_weights(model or self.model, resume_from_checkpoint):
@@ -150,6 +163,22 @@ class GroupTrainer(GRPOTrainer):
         if lens.memory is not None and lens is not self.stage.lens:
             lens.memory.encode(plain(model), (v for p in packs for n in p.nodes for v in n.views))
         return self.stage.log_probs(model, packs, kinds, self.together, lens)
+
+
+def order(samples: int, *, at_once: int, generations: int, seed: int) -> list[int]:
+    """Samples (by index) in the order of a whole phase, `at_once` of them a generation: one permutation after the other.
+
+    What does not fill a generation at the end of a permutation waits for the next one. The place in the phase says what
+    comes next, and nothing else does: TRL's own sampler draws a permutation per epoch from a generator that no checkpoint
+    holds, so that a run resumed in its second epoch would begin the first one again.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    copies = -(-at_once // samples)
+    asked: list[int] = []
+    while len(asked) < generations * at_once:
+        permutation = torch.randperm(samples * copies, generator=generator)
+        asked += [i % samples for i in permutation[: samples * copies // at_once * at_once].tolist()]
+    return asked[: generations * at_once]
 
 
 @contextmanager

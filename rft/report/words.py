@@ -32,7 +32,8 @@ def in_words(phase: Phase, rewards: Mapping[str, RewardSpec]) -> list[str]:
         if phase.updates == 1
         else f"{phase.updates} updates per generation, the ratio clipped to [{1 - phase.clip.low:g}, {1 + phase.clip.high:g}]"
     )
-    kl = f"minus {phase.kl.weight:g} x KL ({phase.kl.estimator}) to the {phase.kl.reference}'s start" if phase.kl.weight else "no KL"
+    penalty = f"minus {phase.kl.weight:g} x KL ({phase.kl.estimator}) to the {phase.kl.reference}'s start"
+    kl = penalty if phase.kl.weight else "no KL"
     sampling = f"temperature {phase.sampling.temperature:g}, up to {phase.sampling.max_tokens} tokens each"
     return [
         f"maximises {goal}",

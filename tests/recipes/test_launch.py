@@ -1,4 +1,4 @@
-"""The entry points as users type them: two processes, and the launches that would silently be one."""
+"""The entry points as users type them: two processes, and the launches that would silently be something else."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import json
 import sys
 from pathlib import Path
 
-from tests.equivalence.test_ranks import launched, run_alone
+from tests.equivalence.test_ranks import run_alone
 from tests.recipes.test_recipes import shortened
 
 
-def test_accelerate_launch_trains_on_two_processes(tmp_path: Path) -> None:
+def test_rft_launch_trains_on_two_processes(tmp_path: Path) -> None:
     sets = [x for value in shortened("recipes/quickstart.yaml", None) for x in ("--set", value)]
     out = tmp_path / "run"
-    done = run_alone(*launched(2, "rft.train", "recipes/quickstart.yaml", "--output", str(out), *sets))
+    launch = ["launch", "recipes/quickstart.yaml", "--processes", "2", "--output", str(out), *sets]
+    done = run_alone(sys.executable, "-m", "rft.cli", *launch)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("after warmup") == 1  # one rank speaks
     assert list(json.loads((out / "summary.json").read_text())) == ["random", "best_constant", "warmup", "final"]

@@ -268,6 +268,8 @@ def test_every_valid_span_has_to_earn_the_maximum(tiny_folders: dict[str, Path],
     assert findings(IOU, Guidance(spans="valid")) == findings(replace(IOU, function=narrow), Guidance()) == []
     (what,) = findings(replace(IOU, function=narrow), Guidance(spans="valid"))
     assert what.startswith("the annotation earns 0 and not the maximum 1") and "4.0 to 5.0" in what
+
+
 def test_a_valid_span_that_its_completion_does_not_reach_is_refused_by_name(world: Path, tmp_path: Path) -> None:
     """Two decimals say 0.00 to 0.50 of 0.004 to 0.5: with `spans: valid` it would take the seat, else it never does."""
     rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()][:6]

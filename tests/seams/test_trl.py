@@ -157,14 +157,15 @@ def test_a_loss_that_is_not_a_number(action: str, tiny_folders: dict[str, Path],
 def test_a_saved_phase_reloads_whole(tiny_folders: dict[str, Path], world: Path, tmp_path: Path) -> None:
     """Qwen2.5-VL is saved under other names than it lives under: both ways back give the trained weights."""
     phase = phase_of(steps=2, learning_rate=1e-2)
-    trainer, policy = trainer_of(tiny_folders["qwen2_5_vl"], phase, world, tmp_path / "run", save_steps=1)
+    trainer, policy = trainer_of(tiny_folders["qwen2_5_vl"], phase, world, tmp_path / "run")
     trainer.train()
     trained = weights(policy)
-    fresh = opened(tmp_path / "run" / "checkpoint-2", phase)
+    trainer.save_model(str(tmp_path / "run" / "saved"))
+    fresh = opened(tmp_path / "run" / "saved", phase)
     assert torch.equal(weights(fresh), trained)
     again, other = trainer_of(tiny_folders["qwen2_5_vl"], phase, world, tmp_path / "again")
     assert not torch.equal(weights(other), trained)
-    again._load_from_checkpoint(str(tmp_path / "run" / "checkpoint-2"))
+    again._load_from_checkpoint(str(tmp_path / "run" / "saved"))
     assert torch.equal(weights(other), trained)
 
 

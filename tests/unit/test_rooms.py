@@ -13,12 +13,27 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "rft").rglob("*.py"))
 LEVELS = (
-    ("types", "errors", "geometry", "parsing", "families", "strict", "condition", "files"),
+    ("types", "errors", "geometry", "parsing", "families", "strict", "condition", "files", "ranges", "run"),
     ("algo", "data"),
     ("rollout", "scoring", "quarantine"),
     ("plugins", "layers", "recipe"),
     ("hf", "evaluation", "report", "synthetic", "bench"),
-    ("train", "evaluate", "check", "data_cli", "cluster", "cli"),
+    (
+        "attempt",
+        "askable",
+        "phase",
+        "train",
+        "train_cli",
+        "evaluate",
+        "check",
+        "data_cli",
+        "launch_cli",
+        "slurm_cli",
+        "sweep_cli",
+        "cluster",
+        "verify",
+        "cli",
+    ),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 FRAMEWORKS = ("transformers", "trl", "accelerate", "peft", "deepspeed", "vllm")
