@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rft.cluster.metrics import Curve, final, validated
 from rft.cluster.paired import ENOUGH, Claim, Spread, differences, judge, spread
 from rft.cluster.sweep import Ended, Job
 from rft.files import write_whole
@@ -15,7 +16,6 @@ from rft.recipe import Recipe
 
 COLUMNS = ("miou", "r1@0.3", "r1@0.5", "r1@0.7")
 Values = Mapping[str, Mapping[int, Mapping[str, float]]]  # by row of the table, seed and metric
-Curve = Sequence[tuple[int, float]]  # (step, metric on the validation split)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,11 +46,11 @@ def conclude(
     values = results(done, trials, shared)
     columns = list(dict.fromkeys((metric, *COLUMNS)))
     paired = {name: paired_with(values, name, claim.worse, columns) for name in trials if name in values}
-    lines = [table({name: {c: _spread_of(rows, c) for c in columns} for name, rows in values.items()}, columns)]
+    lines = [table({name: {c: spread_of(rows, c) for c in columns} for name, rows in values.items()}, columns)]
     if claim.worse in values:
         others = {name: {c: _spread(d.values()) for c, d in by.items()} for name, by in paired.items() if name != claim.worse}
         lines += ["", f"minus {claim.worse}, seed by seed", table(others, columns, signed=True)]
-    means = {name: _spread_of(values[name], metric) for name in trials if name in values}
+    means = {name: spread_of(values[name], metric) for name in trials if name in values}
     order = sorted((n for n, s in means.items() if s), key=lambda n: -means[n].mean)
     lines += ["", f"by {metric}: {' > '.join(order) or 'no run finished'}"]
     verdict = judge(paired.get(claim.better, {}).get(metric, {})) if is_judged else None
@@ -62,7 +62,7 @@ def conclude(
     report = {
         "study": title,
         "metric": metric,
-        "rows": {name: _described(rows, columns) for name, rows in values.items()},
+        "rows": {name: described(rows, columns) for name, rows in values.items()},
         "paired": {"with": claim.worse, **{name: _paired_described(by) for name, by in paired.items() if name != claim.worse}},
         "order": order,
         "claim": {"text": str(claim), "holds": verdict.holds if verdict else None, "grounds": grounds},
@@ -85,7 +85,7 @@ def results(done: Sequence[Planned], trials: Sequence[str], shared: str) -> Valu
     rows |= {f"after {shared}": {}} if shared else {}
     for p in done:
         summary = json.loads((p.job.folder / "summary.json").read_text(encoding="utf-8"))
-        rows.setdefault(f"after {shared}" if p.trial == shared else p.trial, {})[p.seed] = summary["final"]
+        rows.setdefault(f"after {shared}" if p.trial == shared else p.trial, {})[p.seed] = final(p.job.folder)
         for label in ("random", "best constant"):
             if label.replace(" ", "_") in summary:
                 rows[label].setdefault(p.seed, summary[label.replace(" ", "_")])
@@ -120,28 +120,17 @@ def curve_of(planned: Planned, done: Sequence[Planned], shared: str, metric: str
     """The validation metric over the steps of all phases of a run, from the end of the shared phase, step 0, on."""
     points: list[tuple[int, float]] = []
     for p in done:
-        if p.seed == planned.seed and p.trial == shared and (before := _validated(p.job.folder, metric)):
+        if p.seed == planned.seed and p.trial == shared and (before := validated(p.job.folder, metric)):
             points = [(0, before[-1][1])]
-    return [*points, *_validated(planned.job.folder, metric)]
-
-
-def _validated(run: Path, metric: str) -> list[tuple[int, float]]:
-    points, offset, last = [], 0, ("", 0)
-    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if row["phase"] != last[0]:
-            offset, last = offset + last[1], (row["phase"], 0)
-        last = (row["phase"], max(last[1], row["step"]))
-        if f"validation/{metric}" in row:
-            points.append((offset + row["step"], row[f"validation/{metric}"]))
-    return points
+    return [*points, *validated(planned.job.folder, metric)]
 
 
 def _column(by_seed: Mapping[int, Mapping[str, float]], column: str) -> dict[int, float]:
     return {seed: metrics[column] for seed, metrics in by_seed.items() if column in metrics}
 
 
-def _spread_of(by_seed: Mapping[int, Mapping[str, float]], column: str) -> Spread | None:
+def spread_of(by_seed: Mapping[int, Mapping[str, float]], column: str) -> Spread | None:
+    """Mean and interval of a metric over the seeds that have it; None where none has."""
     return _spread(_column(by_seed, column).values())
 
 
@@ -157,8 +146,9 @@ def _cell(seen: Spread | None, signed: bool) -> str:
     return f"{seen.mean:+.3f} [{seen.low:+.3f}, {seen.high:+.3f}]" if signed else f"{seen.mean:.3f} ± {seen.half:.3f}"
 
 
-def _described(by_seed: Mapping[int, Mapping[str, float]], columns: Sequence[str]) -> dict[str, Any]:
-    found = {c: s for c in columns if (s := _spread_of(by_seed, c))}
+def described(by_seed: Mapping[int, Mapping[str, float]], columns: Sequence[str]) -> dict[str, Any]:
+    """A row of the table with every value behind it, for a report's JSON."""
+    found = {c: s for c in columns if (s := spread_of(by_seed, c))}
     return {"seeds": {str(k): dict(v) for k, v in by_seed.items()}, **{c: asdict(s) for c, s in found.items()}}
 
 

@@ -19,19 +19,19 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from rft.cluster.outcome import Planned, conclude
 from rft.cluster.paired import Claim
 from rft.cluster.sweep import Job, command_of, cores, sweep
+from rft.cluster.trials import check_seeds
 from rft.errors import RecipeError
 from rft.files import write_whole
 from rft.layers import stack
 from rft.plugins import find_file
 from rft.recipe import SPLITS, Recipe, load, resolved
-from rft.strict import build, join, nearest
+from rft.strict import build, differing, nearest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,12 +133,6 @@ def open_study(path: Path) -> Study:
     return build(_File, values).study
 
 
-def check_seeds(at: str, seeds: Sequence[int]) -> None:
-    """Raises RecipeError where there are none, or the same twice."""
-    if not seeds or len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise RecipeError(at, f"{list(seeds)} are not different seeds from 0 on", "write e.g. 0,1,2")
-
-
 def plan(study: Study, *, near: Path, folder: Path) -> list[Planned]:
     """Every run with its recipe, seed by seed, the shared phase of a seed before its trials.
 
@@ -198,18 +192,6 @@ def settle(planned: Sequence[Planned]) -> None:
     for p in planned:
         p.file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(p.file, yaml.safe_dump(resolved(p.recipe), sort_keys=False, allow_unicode=True))
-
-
-def differing(mine: Any, theirs: Any, at: str = "") -> str:
-    """The first dotted key at which two trees of plain values differ; "" where they are equal."""
-    if not (isinstance(mine, Mapping) and isinstance(theirs, Mapping)):
-        return "" if mine == theirs else at or "everything"
-    for key in [*mine, *(k for k in theirs if k not in mine)]:
-        here = join(at, key)
-        below = differing(mine[key], theirs[key], here) if key in mine and key in theirs else here
-        if below:
-            return below
-    return ""
 
 
 def _planned(name: str, seed: int, recipe: Recipe, folder: Path, after: str = "") -> Planned:

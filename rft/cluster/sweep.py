@@ -5,7 +5,6 @@ A run is a subprocess with a folder of its own; its `state.json` says whether it
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -18,9 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rft.run.state import status
+
 TAIL = 12  # lines of a failed run's log that are shown
-PATIENCE = 10.0  # seconds that an interrupted run has to end by itself
-TURN = 0.2  # seconds between two looks at what runs
+PATIENCE = 120.0  # seconds that an interrupted run has to save and end by itself
+TURN = 0.2  # seconds between two looks at who has ended
+LOOK = 3.0  # seconds between two looks at what is measured
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,15 +42,7 @@ class Job:
     @property
     def is_finished(self) -> bool:
         """What the run's own state says."""
-        state = self.folder / "state.json"
-        return state.is_file() and json.loads(state.read_text(encoding="utf-8")).get("status") == "finished"
-
-    def set_aside(self) -> None:
-        """What a cut or failed attempt left goes out of the way: a run wants a folder without one."""
-        for path in (self.folder, self.log):
-            if path.exists():
-                taken = (path.with_name(f"{path.name}.cut-{n}") for n in range(1, 10_000))
-                path.rename(next(p for p in taken if not p.exists()))
+        return status(self.folder) == "finished"
 
     def tail(self) -> str:
         """The last lines of the log. Of a progress bar, which rewrites its line, the last state."""
@@ -62,6 +56,7 @@ class Ended:
 
     finished: tuple[str, ...]
     failed: Mapping[str, str] = field(default_factory=dict)  # -> why
+    pruned: Mapping[str, str] = field(default_factory=dict)  # stopped by a rule -> why
 
 
 def command_of(recipe: Path, folder: Path) -> tuple[str, ...]:
@@ -74,75 +69,174 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def one_thread() -> dict[str, str]:
-    """The environment of a job: one thread, no GPU. Results then do not depend on what runs beside it."""
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RFT_DECODE_THREADS"), "1")
-    return {**os.environ, **threads, "CUDA_VISIBLE_DEVICES": ""}
+def environment(device: str = "", threads: int = 1) -> dict[str, str]:
+    """The environment of a job: by default one thread and no GPU. Results then do not depend on what runs beside it."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RFT_DECODE_THREADS")
+    return {**os.environ, **dict.fromkeys(names, str(threads)), "CUDA_VISIBLE_DEVICES": device}
 
 
-def sweep(jobs: Sequence[Job], *, slots: int, say: Callable[[str], None] = print) -> Ended:
+def nobody() -> None:
+    """What `more` says where every job is known beforehand."""
+
+
+def no_rules(folder: Path) -> str:
+    """What `look` says where nobody is stopped early."""
+    return ""
+
+
+def sweep(
+    jobs: Sequence[Job],
+    *,
+    slots: int,
+    say: Callable[[str], None] = print,
+    devices: Sequence[str] = ("",),
+    look: Callable[[Path], str] = no_rules,
+    more: Callable[[], Job | None] = nobody,
+) -> Ended:
     """Run what has not finished yet, in order, `slots` at once. A failure is told and stops only what comes after it.
 
-    An interrupt (Ctrl-C, SIGTERM) ends the runs that are under way; their folders are begun anew by the next call.
+    `devices` are the GPUs (values of CUDA_VISIBLE_DEVICES) that the slots take in turn. `look(folder)` judges a run that is
+    under way or has just ended, and says why it asked it to stop; such a run is neither finished nor failed. `more()` is
+    asked for another job whenever a slot is free and nobody waits; None ends that.
+
+    An interrupt (Ctrl-C, SIGTERM) asks the runs that are under way to stop; the next call goes on with them.
 
     Raises:
         KeyboardInterrupt: after every child has ended.
     """
-    finished = [job.name for job in jobs if job.is_finished]
-    failed: dict[str, str] = {}
-    waiting = [job for job in jobs if job.name not in finished]
-    running: dict[str, tuple[Job, subprocess.Popen[bytes], float]] = {}
-    if finished:
-        say(f"{len(finished)} of {len(jobs)} runs had finished before")
+    runner = _Runner(jobs, slots, say, devices, look, more)
     with _terminable():
         try:
-            while waiting or running:
-                for job in [j for j in waiting if j.after in failed]:
-                    waiting.remove(job)
-                    failed[job.name] = f"not run: {job.after} failed"
-                ready = [j for j in waiting if not j.after or j.after in finished]
-                for job in ready[: slots - len(running)]:
-                    waiting.remove(job)
-                    running[job.name] = (job, _start(job), time.monotonic())
-                time.sleep(TURN)
-                for job, child, since in list(running.values()):
-                    if child.poll() is None:
-                        continue
-                    del running[job.name]
-                    took = f"{time.monotonic() - since:.0f} s"
-                    if child.returncode == 0 and job.is_finished:
-                        finished.append(job.name)
-                        say(f"[{len(finished) + len(failed)}/{len(jobs)}] {job.name}: {took}")
-                    else:
-                        failed[job.name] = f"exit code {child.returncode} after {took}, see {job.log}"
-                        say(f"[{len(finished) + len(failed)}/{len(jobs)}] {job.name}: failed, {failed[job.name]}\n{job.tail()}")
+            return runner.run()
+        except KeyboardInterrupt:
+            if num := len(runner.children):
+                say(f"asking {num} runs to stop; interrupt again to kill them")
+            raise
         finally:
-            _end([child for _, child, _ in running.values()])
-    return Ended(finished=tuple(j.name for j in jobs if j.name in finished), failed=failed)
+            _end(runner.children)
 
 
-def _start(job: Job) -> subprocess.Popen[bytes]:
-    job.set_aside()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Running:
+    job: Job
+    child: subprocess.Popen[bytes]
+    since: float
+    slot: int
+
+
+class _Runner:
+    """The state of one call of `sweep`."""
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        slots: int,
+        say: Callable[[str], None],
+        devices: Sequence[str],
+        look: Callable[[Path], str],
+        more: Callable[[], Job | None],
+    ) -> None:
+        self._slots, self._say, self._devices, self._look, self._more = slots, say, devices, look, more
+        self._jobs = list(jobs)
+        self._finished = [job.name for job in jobs if job.is_finished]
+        self._failed: dict[str, str] = {}
+        self._pruned: dict[str, str] = {}
+        self._waiting = [job for job in jobs if job.name not in self._finished]
+        self._running: dict[str, _Running] = {}
+
+    @property
+    def children(self) -> list[subprocess.Popen[bytes]]:
+        """Who has not ended."""
+        return [now.child for now in self._running.values()]
+
+    def run(self) -> Ended:
+        if self._finished:
+            self._say(f"{len(self._finished)} of {len(self._jobs)} runs had finished before")
+        looked = time.monotonic()
+        while True:
+            self._begin()
+            if not self._running:
+                break
+            time.sleep(TURN)
+            is_time = time.monotonic() - looked > LOOK
+            looked = time.monotonic() if is_time else looked
+            for now in list(self._running.values()):
+                has_ended = now.child.poll() is not None
+                if is_time or has_ended:
+                    self._judge(now)
+                if has_ended:
+                    self._settle(now)
+        finished = tuple(job.name for job in self._jobs if job.name in self._finished)
+        return Ended(finished=finished, failed=self._failed, pruned=self._pruned)
+
+    def _begin(self) -> None:
+        """Start what waits for nobody, as far as there are slots; where nobody waits, ask for more."""
+        while job := next((j for j in self._waiting if j.after in self._failed), None):
+            self._waiting.remove(job)
+            self._failed[job.name] = f"not run: {job.after} failed"
+        while len(self._running) < self._slots:
+            ready = next((j for j in self._waiting if not j.after or j.after in self._finished), None)
+            if ready:
+                self._waiting.remove(ready)
+            elif not self._waiting and (ready := self._more()):
+                self._jobs.append(ready)
+            else:
+                break
+            slot = min(set(range(self._slots)) - {now.slot for now in self._running.values()})
+            child = _start(ready, self._devices[slot % len(self._devices)], self._slots)
+            self._running[ready.name] = _Running(job=ready, child=child, since=time.monotonic(), slot=slot)
+
+    def _judge(self, now: _Running) -> None:
+        if why := self._look(now.job.folder):
+            self._pruned[now.job.name] = why
+            self._say(f"{now.job.name}: stopped by a rule, {why}")
+
+    def _settle(self, now: _Running) -> None:
+        name, took = now.job.name, f"{time.monotonic() - now.since:.0f} s"
+        del self._running[name]
+        if now.child.returncode == 0 and now.job.is_finished:
+            self._pruned.pop(name, None)  # it was faster
+            self._finished.append(name)
+            told = f"{name}: {took}"
+        elif name in self._pruned:
+            told = f"{name}: pruned after {took}"
+        elif now.child.returncode == 0 and status(now.job.folder) == "stopped":
+            self._failed[name] = f"stopped on request after {took}; the same command goes on with it"
+            told = f"{name}: {self._failed[name]}"
+        else:
+            self._failed[name] = f"exit code {now.child.returncode} after {took}, see {now.job.log}"
+            told = f"{name}: failed, {self._failed[name]}\n{now.job.tail()}"
+        num = len(self._finished) + len(self._failed) + len(self._pruned)
+        self._say(f"[{num}/{len(self._jobs)}] {told}")
+
+
+def _start(job: Job, device: str, slots: int) -> subprocess.Popen[bytes]:
+    """A session of its own: a Ctrl-C reaches this process alone, which asks its children to stop."""
     job.folder.parent.mkdir(parents=True, exist_ok=True)
-    with job.log.open("wb") as log:
-        return subprocess.Popen(job.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=one_thread())
+    own = environment(device, max(1, cores() // slots) if device else 1)
+    with job.log.open("ab") as log:
+        return subprocess.Popen(
+            job.command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=own, start_new_session=True
+        )
 
 
 def _end(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask all to stop and wait for them; who takes too long, or a second interrupt, kills."""
     for child in children:
         child.terminate()
     patience = time.monotonic() + PATIENCE
-    for child in children:
-        try:
+    try:
+        for child in children:
             child.wait(max(0.0, patience - time.monotonic()))
-        except subprocess.TimeoutExpired:
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        for child in children:
             child.kill()
             child.wait()
 
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM as an interrupt: by default it would leave the children behind."""
+    """SIGTERM and SIGHUP as interrupts: by default they would leave the children behind."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -150,8 +244,9 @@ def _terminable() -> Iterator[None]:
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

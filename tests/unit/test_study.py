@@ -20,11 +20,12 @@ import pytest
 from rft.cli import main
 from rft.cluster.outcome import Planned, conclude
 from rft.cluster.paired import T_975, Claim, differences, judge, spread
-from rft.cluster.study import differing, open_study, plan, settle
+from rft.cluster.study import open_study, plan, settle
 from rft.cluster.sweep import Ended, Job, sweep
 from rft.errors import RecipeError
 from rft.plugins import find_file
 from rft.recipe import World, load, resolved
+from rft.strict import differing
 from rft.synthetic.world import COLOURS, draw_frames, draw_span, make_world
 
 ROOT = Path(__file__).parents[2]
@@ -201,7 +202,7 @@ def test_the_shipped_study_is_what_was_asked_for() -> None:
 def job(folder: Path, name: str, program: str = "", after: str = "") -> Job:
     """A run of one line of Python, which finishes as a real one does: by its state."""
     state = json.dumps({"status": "finished"})
-    ending = f"d = pathlib.Path(sys.argv[1]); d.mkdir(); (d / 'state.json').write_text({state!r})"
+    ending = f"d = pathlib.Path(sys.argv[1]); d.mkdir(exist_ok=True); (d / 'state.json').write_text({state!r})"
     program = f"import pathlib, sys, time\n{program or 'pass'}\n{ending}"
     return Job(name=name, folder=folder / name, command=(sys.executable, "-c", program, str(folder / name)), after=after)
 
@@ -231,17 +232,18 @@ def test_a_run_that_ends_well_without_finishing_has_failed(tmp_path: Path) -> No
     assert "exit code 0" in ended.failed["a"]
 
 
-def test_what_finished_is_not_run_again_and_what_was_cut_begins_anew(tmp_path: Path) -> None:
+def test_what_finished_is_not_run_again_and_what_was_cut_goes_on_in_its_folder(tmp_path: Path) -> None:
     jobs = [job(tmp_path, "done"), job(tmp_path, "cut", after="done")]
     heard(jobs)
     stamp = (tmp_path / "done" / "state.json").stat().st_mtime_ns
     (tmp_path / "cut" / "state.json").write_text('{"status": "running"}')
+    (tmp_path / "cut" / "checkpoint").write_text("what it had")
     ended, said = heard(jobs)
     assert ended.finished == ("done", "cut") and not ended.failed
     assert said[0] == "1 of 2 runs had finished before"
     assert (tmp_path / "done" / "state.json").stat().st_mtime_ns == stamp
     assert json.loads((tmp_path / "cut" / "state.json").read_text()) == {"status": "finished"}
-    assert json.loads((tmp_path / "cut.cut-1" / "state.json").read_text()) == {"status": "running"}  # nothing is deleted
+    assert (tmp_path / "cut" / "checkpoint").read_text() == "what it had"
 
 
 def test_no_more_run_at_once_than_there_are_slots_and_each_with_one_thread(tmp_path: Path) -> None:
