@@ -52,3 +52,14 @@ def reload_weights(model: torch.nn.Module, folder: str) -> bool:
     fresh = type(model).from_pretrained(folder, dtype=model.dtype)
     model.load_state_dict(fresh.state_dict(), strict=True)
     return True
+
+
+def keep_used_names(model: torch.nn.Module) -> None:
+    """Forget the renamings that loading did not use, so that saving reverts those that it did.
+
+    The library does so itself, except where DeepSpeed's stage 3 partitions the model as it is loaded: it then saves
+    Qwen2.5-VL under names that only its own loader can still read (`model.model.*`).
+    """
+    renamings = getattr(model, "_weight_conversions", None)
+    if renamings:
+        model._weight_conversions = [renaming for renaming in renamings if renaming.was_used()]

@@ -18,6 +18,7 @@ from rft.data.frames import FrameStore
 from rft.errors import CompatError, RecipeError
 from rft.families import Family, family_of
 from rft.hf.attention import cannot_share, install
+from rft.hf.compat import keep_used_names
 from rft.hf.logprobs import Lens
 from rft.hf.vision import VisionMemory, shared_level
 from rft.recipe import Lora, Phase, Recipe, Trainable
@@ -132,6 +133,7 @@ def load_whole(path: str, *, dtype: torch.dtype | str, attention: str) -> Any:
     if wrong:
         listed = "; ".join(f"{len(keys)} {name.replace('_', ' ')}, e.g. {keys[0]}" for name, keys in wrong.items())
         raise CompatError(f"model {path}", f"the checkpoint and the model disagree: {listed}", "use a complete checkpoint")
+    keep_used_names(model)
     return model
 
 

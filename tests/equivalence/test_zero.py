@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from rft.hf.models import load_whole
 from tests.equivalence.test_ranks import ROOT, launched, run_alone
@@ -78,3 +79,5 @@ def test_both_phases_train_and_save_under_zero3(tmp_path: Path) -> None:
     assert json.loads((out / "state.json").read_text())["status"] == "finished"
     model = load_whole(str(out / "checkpoint"), dtype=torch.float32, attention="sdpa")
     assert all(p.numel() and p.isfinite().all() for p in model.parameters())
+    names = [set(load_file(out / place / "model.safetensors")) for place in ("model", "phases/warmup", "checkpoint")]
+    assert names[0] == names[1] == names[2], "a second phase is loaded in parts, and saved under the names it was loaded by"
