@@ -57,7 +57,8 @@ class Attempt:
     quarantine: Quarantine
     together: Together
     stops: Stops
-    heartbeat: Heartbeat | None  # the first rank's
+    heartbeat: Heartbeat | None  # the first rank's, like the lock
+    lock: Lock | None
     started: float  # when the run would have begun, had it not been cut
     digests: bool = False  # `gradients.jsonl` is written: a hash of every step's gradients
     drift: str = ""  # what differs from what the run was begun with, where that was allowed
@@ -93,6 +94,12 @@ class Attempt:
         """Write `summary.json`."""
         if self.together.rank == 0:
             write_whole(self.folder / "summary.json", json.dumps(summary, indent=1))
+
+    def check_lock(self) -> None:
+        """Before the first rank makes something final. Raises ClusterError when the run is another trainer's by now."""
+        if self.lock and not self.lock.is_mine:
+            what = "another trainer has taken this run over: this one was silent for too long"
+            raise ClusterError(str(self.folder), what, "leave the run to it; nothing of it was touched")
 
     def stop_if_asked(self, reason: str = "") -> None:
         """Between two phases, or for a `reason` that a phase already stopped for: raise Stopped, on all ranks alike."""
@@ -138,7 +145,7 @@ def attempt_at(
     prefetcher = None
     try:
         with stops.listening():
-            opened = _opened(loaded, together, folder, number, stops, heartbeat)
+            opened = _opened(loaded, together, folder, number, stops, heartbeat, mine)
             attempt = replace(opened, drift=drift, digests=digests)
             prefetcher = attempt.prefetcher
             yield attempt
@@ -217,7 +224,7 @@ def _restarts() -> int:
 
 
 def _opened(
-    loaded: Loaded, together: Together, folder: Path, number: int, stops: Stops, heartbeat: Heartbeat | None
+    loaded: Loaded, together: Together, folder: Path, number: int, stops: Stops, heartbeat: Heartbeat | None, lock: Lock | None
 ) -> Attempt:
     data = loaded.recipe.data
     if data.synthetic and together.rank == 0:
@@ -237,7 +244,7 @@ def _opened(
     return Attempt(
         folder=folder, number=number, loaded=loaded, splits=splits, frames=frames,
         prefetcher=Prefetcher(frames, workers) if workers else None, quarantine=quarantine, together=together, stops=stops,
-        heartbeat=heartbeat, started=time.time() - _spent(folder),
+        heartbeat=heartbeat, started=time.time() - _spent(folder), lock=lock,
     )  # fmt: skip
 
 

@@ -125,6 +125,7 @@ def train_phase(this: PhaseRun, target: Path) -> dict[str, float]:
         stops=run.stops,
         together=together,
         record=lambda step: _record(this, step),
+        fence=run.check_lock,
         heartbeat=run.heartbeat,
         validate=look,
     )
@@ -319,9 +320,10 @@ def _leave(this: PhaseRun, trainer: GroupTrainer, target: Path) -> None:
     fault = ""
     if run.together.rank == 0:
         try:
+            run.check_lock()
             this.policy.processor.save_pretrained(half)
             checkpoints.seal(half, target, {**_record(this, trainer.state.global_step), "step": trainer.state.global_step})
-        except OSError as error:
+        except (OSError, ClusterError) as error:
             fault = str(error)
     if fault := run.together.gather(fault)[0]:
         do = "make room or repair the disk, and start again: it goes on from the last checkpoint"

@@ -32,7 +32,7 @@ def answer_all(
     rollouts: list[Rollout] = []
     chunks = [samples[start : start + at_once] for start in range(0, len(samples), at_once)]
     following: list[Segment] = [renderer.prompt(s) for s in chunks[0]] if chunks else []
-    for chunk, next_chunk in zip(chunks, [*chunks[1:], []], strict=True):
+    for chunk, next_chunk in zip(chunks, [*chunks[1:], []]):  # a rank may have no sample at all
         prompts, following = following, [renderer.prompt(s) for s in next_chunk]
         ahead([v for prompt in following for v in prompt.views])
         groups = roll_out(

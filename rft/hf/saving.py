@@ -23,8 +23,9 @@ class Saver(TrainerCallback):
     """Saves a phase of the run in the folder `run`, and ends it early where someone asks for that.
 
     Only at generation boundaries: inside a generation there are rollouts that no checkpoint holds. The phase's own end is
-    not saved here, because the phase leaves its model then. `record(step)` is what a checkpoint shall remember
-    beside the trainer's own state. `stopped` says why the phase was left before its end.
+    not saved here, because the phase leaves its model then. `record(step)` is what a checkpoint shall remember beside the
+    trainer's own state, and `fence()` raises where the run is not this trainer's any more. `stopped` says why the phase was
+    left before its end.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Saver(TrainerCallback):
         stops: Stops,
         together: Together,
         record: Callable[[int], Mapping[str, Any]],
+        fence: Callable[[], None] = lambda: None,
         heartbeat: Heartbeat | None = None,
         validate: Validate | None = None,
         say: Callable[[str], None] = print,
@@ -47,6 +49,7 @@ class Saver(TrainerCallback):
         self._run, self._phase, self._updates, self._cadence = run, phase, updates, cadence
         self._keep_last, self._keep_best, self._best_by = keep_last, keep_best, best_by
         self._stops, self._together, self._record = stops, together, record
+        self._fence = fence
         self._heartbeat, self._validate, self._say = heartbeat, validate, say
         self._saved_at, self._generations, self._best = time.monotonic(), 0, float("-inf")
         self._began = time.monotonic()
@@ -109,6 +112,7 @@ class Saver(TrainerCallback):
 
         def name_it() -> None:
             if first:
+                self._fence()
                 checkpoints.seal(written, place, {**self._record(step), "step": step, "score": self._score(step)})
                 checkpoints.point_to(self._run, place)
                 checkpoints.prune(self._run, self._phase, keep_last=self._keep_last, keep_best=self._keep_best)

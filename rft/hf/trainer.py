@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PrinterCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import GRPOConfig, GRPOTrainer
@@ -76,6 +77,12 @@ class GroupTrainer(GRPOTrainer):
             self.data_collator = self._met
         self.remove_callback(PrinterCallback)  # `metrics.jsonl` has every number
         args.ddp_find_unused_parameters = False  # TRL turns it on for every VLM; it breaks a second forward
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        model, loader = super()._prepare_for_training(*args, **kwargs)
+        if isinstance(model, DistributedDataParallel):
+            settle_buckets(model)
+        return model, loader
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         indices = [row["sample"] for row in inputs[:: self.num_generations]]
@@ -179,6 +186,19 @@ def order(samples: int, *, at_once: int, generations: int, seed: int) -> list[in
         permutation = torch.randperm(samples * copies, generator=generator)
         asked += [i % samples for i in permutation[: samples * copies // at_once * at_once].tolist()]
     return asked[: generations * at_once]
+
+
+def settle_buckets(model: DistributedDataParallel) -> None:
+    """Run a backward of zeros, so that the gradients of all steps are summed in the same buckets.
+
+    DDP lays its buckets out anew after the first backward of a process. From three ranks on a sum depends on its bucket, so
+    the first step of a resumed process would differ from the same step of one that went on, in the last bits.
+    """
+    learning = [p for p in model.module.parameters() if p.requires_grad]
+    model.reducer.prepare_for_backward([])
+    torch.stack([(p * 0).sum() for p in learning]).sum().backward()
+    for parameter in learning:
+        parameter.grad = None
 
 
 @contextmanager

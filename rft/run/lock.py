@@ -79,9 +79,14 @@ class Lock:
             own.unlink(missing_ok=True)
         return lock
 
+    @property
+    def is_mine(self) -> bool:
+        """False when another took it over: this process was thought dead, and has to leave the run alone."""
+        return self._read() == self._text
+
     def free(self) -> None:
         """Give it back, if it is still this process's."""
-        if self._read() == self._text:
+        if self.is_mine:
             self._path.unlink(missing_ok=True)
 
     def _appear(self, own: Path) -> bool:
