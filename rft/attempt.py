@@ -24,7 +24,9 @@ from rft.data.prefetch import Prefetcher
 from rft.data.samples import BadRow, read_samples
 from rft.errors import ClusterError, DataError, RecipeError
 from rft.files import write_whole
+from rft.hf import trackers
 from rft.hf.together import Together
+from rft.hf.trackers import Trackers
 from rft.quarantine import Quarantine
 from rft.recipe import SPLITS, Loaded, Recipe, resolved
 from rft.run import checkpoints, identity, state
@@ -59,6 +61,7 @@ class Attempt:
     stops: Stops
     heartbeat: Heartbeat | None  # the first rank's, like the lock
     lock: Lock | None
+    trackers: Trackers  # the first rank's; those of the others are silent
     started: float  # when the run would have begun, had it not been cut
     digests: bool = False  # `gradients.jsonl` is written: a hash of every step's gradients
     drift: str = ""  # what differs from what the run was begun with, where that was allowed
@@ -142,10 +145,11 @@ def attempt_at(
     together.doing("opening the data")
     stops = Stops(folder, deadline=deadline(), generations=stop_after)
     heartbeat = Heartbeat(folder) if together.rank == 0 else None
+    told = Trackers(folder, loaded.recipe.trackers if together.rank == 0 else ())
     prefetcher = None
     try:
         with stops.listening():
-            opened = _opened(loaded, together, folder, number, stops, heartbeat, mine)
+            opened = _opened(loaded, together, folder, number, stops, heartbeat, mine, told)
             attempt = replace(opened, drift=drift, digests=digests)
             prefetcher = attempt.prefetcher
             yield attempt
@@ -157,11 +161,13 @@ def attempt_at(
             heartbeat.close()
         if mine:
             mine.free()
+        told.close()  # it may wait for a network
 
 
 def _claim(loaded: Loaded, output: str | None, resume: Resume, allow_drift: bool) -> tuple[Lock, tuple[Path, int, str]]:
     """The folder of the run, locked, the number of this attempt at it, and what drifted."""
     recipe = loaded.standing_alone()
+    trackers.require(recipe.trackers)
     mine = identity.identity(
         resolved(recipe),
         {split: Path(path) for split in SPLITS if (path := getattr(recipe.data, split))},
@@ -207,6 +213,8 @@ def _settled(folder: Path, recipe: Recipe, mine: Mapping[str, Any], allow_drift:
     if state.status(folder) == "finished":
         raise Finished(str(folder))
     drift = identity.settle(folder, mine, allow_drift=allow_drift)
+    if recipe.trackers:
+        trackers.settle(folder, recipe.trackers)
     number = state.next_attempt(folder)
     file, aside = folder / "recipe.yaml", state.attempt_folder(folder, number)
     if drift and file.exists():
@@ -224,8 +232,9 @@ def _restarts() -> int:
 
 
 def _opened(
-    loaded: Loaded, together: Together, folder: Path, number: int, stops: Stops, heartbeat: Heartbeat | None, lock: Lock | None
-) -> Attempt:
+    loaded: Loaded, together: Together, folder: Path, number: int,
+    stops: Stops, heartbeat: Heartbeat | None, lock: Lock | None, told: Trackers,
+) -> Attempt:  # fmt: skip
     data = loaded.recipe.data
     if data.synthetic and together.rank == 0:
         _render(loaded.recipe, folder)
@@ -244,7 +253,7 @@ def _opened(
     return Attempt(
         folder=folder, number=number, loaded=loaded, splits=splits, frames=frames,
         prefetcher=Prefetcher(frames, workers) if workers else None, quarantine=quarantine, together=together, stops=stops,
-        heartbeat=heartbeat, started=time.time() - _spent(folder), lock=lock,
+        heartbeat=heartbeat, started=time.time() - _spent(folder), lock=lock, trackers=told,
     )  # fmt: skip
 
 

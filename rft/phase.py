@@ -109,7 +109,7 @@ def train_phase(this: PhaseRun, target: Path) -> dict[str, float]:
     stage = _stage(this)
     guard = Guard(run.folder / "nonfinite" / name, phase.nonfinite, together)
     metrics_file = MetricsFile(run.folder / "metrics.jsonl", name, run.started)
-    writes = [metrics_file, Progress(name)] if together.rank == 0 else []
+    writes = [metrics_file, Progress(name), run.trackers.of_phase(name)] if together.rank == 0 else []
     if run.digests and together.rank == 0:
         writes.append(GradientDigest(run.folder / "gradients.jsonl", name))
     checkpointing, why = _checkpointing(this)
@@ -160,6 +160,7 @@ def train_phase(this: PhaseRun, target: Path) -> dict[str, float]:
     _leave(this, trainer, target)  # before anything that may still fail
     with trainer.at_rest() as model:
         result = this.evaluate("test", model) if run.splits["test"] else {}
+    run.trackers.tell(name, trainer.state.global_step, {f"test/{k}": v for k, v in result.items()})
     trainer.accelerator.free_memory()
     return result
 
@@ -211,6 +212,11 @@ def _look(this: PhaseRun, metrics_file: MetricsFile, evaluate: Callable[[], dict
     """The validation beside the steps, where there is something to look at."""
     run, phase = this.attempt, this.phase
     validation = run.evaluated("validation")
+
+    def report(step: int, values: Mapping[str, float]) -> None:
+        metrics_file.write(step, values)
+        run.trackers.tell(this.name, step, values)
+
     if phase.until and not validation:
         raise RecipeError(f"phases.{this.name}.until", "there is no validation split to look at", "set data.validation")
     if not validation or not phase.check_every:
@@ -220,7 +226,7 @@ def _look(this: PhaseRun, metrics_file: MetricsFile, evaluate: Callable[[], dict
     return Validate(
         phase.check_every,
         evaluate,
-        metrics_file.write if run.together.rank == 0 else lambda step, values: None,
+        report if run.together.rank == 0 else lambda step, values: None,
         until=until,
         known={"best_constant": constant.get(until.left, 0.0) if until else 0.0},
     )
