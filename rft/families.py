@@ -24,6 +24,7 @@ class Family:
     temporal_patch: int = 2
     clock: Literal["axis", "printed"]  # how a pair's second reaches the model
     tokens_per_second: float = 0.0  # clock == "axis": positions per second on the temporal axis
+    boxes: Literal["pixels", "thousandths"] = "pixels"  # of the resized picture, or of its sides: how the model writes boxes
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     vision_prefixes: tuple[str, ...] = ("model.visual.",)
@@ -53,6 +54,10 @@ class Family:
     def tokens(self, grid: tuple[int, int, int]) -> int:
         """Placeholder tokens of a grid, without the text around them."""
         return grid[0] * grid[1] * grid[2] // self.merge**2
+
+    def box_extent(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(x, y) of the lower right corner of a picture shown at (height, width), in the coordinates of the model's boxes."""
+        return (1000, 1000) if self.boxes == "thousandths" else (size[1], size[0])
 
     def pair_seconds(self, seconds: Sequence[float]) -> tuple[float, ...]:
         """The second stated for each temporal patch, by the convention the family was pre-trained with.
@@ -96,6 +101,7 @@ FAMILIES: dict[str, Family] = {
         model_types=("qwen3_vl",),
         patch=16,
         clock="printed",
+        boxes="thousandths",
         mean=(0.5, 0.5, 0.5),
         std=(0.5, 0.5, 0.5),
         projector_prefixes=("model.visual.merger.", "model.visual.deepstack_merger_list."),

@@ -77,6 +77,46 @@ def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
     return _ratio(shared, area_a + area_b - shared)
 
 
+def merged(spans: Iterable[Sequence[float]]) -> tuple[tuple[float, float], ...]:
+    """The union of spans: disjoint, in order of time, touching ones as one. Reversed and endless ones are dropped."""
+    return tuple((start, end) for start, end in _merge(s for s in spans if all(map(isfinite, s))))
+
+
+def shared_spans(a: Iterable[Sequence[float]], b: Iterable[Sequence[float]]) -> tuple[tuple[float, float], ...]:
+    """The time that lies in both sets of spans, as `merged` gives it; a single instant in common is no time."""
+    left, right, out, i, j = merged(a), merged(b), [], 0, 0
+    while i < len(left) and j < len(right):
+        start, end = max(left[i][0], right[j][0]), min(left[i][1], right[j][1])
+        if start < end:
+            out.append((start, end))
+        if left[i][1] < right[j][1]:
+            i += 1
+        else:
+            j += 1
+    return tuple(out)
+
+
+def padded(
+    spans: Iterable[Sequence[float]], share: float, least: float, low: float, high: float
+) -> tuple[tuple[float, float], ...]:
+    """Spans that reach out by `share` of their length to either side, at least by `least`, cut to [low, high] and merged."""
+    wide = ((s - max(share * (e - s), least), e + max(share * (e - s), least)) for s, e in spans)
+    return merged((max(s, low), min(e, high)) for s, e in wide)
+
+
+def carried(box: Sequence[float], source: Sequence[float], target: Sequence[float]) -> tuple[float, float, float, float]:
+    """A box in the coordinates of the frame `source` as it is in those of `target`, cut to it. Frames are boxes with an area.
+
+    Corners keep their order, so that a reversed box stays reversed. What lies outside becomes a box without area on the
+    edge. The way back gives the box again up to rounding.
+    """
+    out = []
+    for i, edge in enumerate(box):
+        low, high, first, last = source[i % 2], source[i % 2 + 2], target[i % 2], target[i % 2 + 2]
+        out.append(min(max(first + (edge - low) * (last - first) / (high - low), first), last))
+    return tuple(out)
+
+
 def _merge(spans: Iterable[Sequence[float]]) -> list[list[float]]:
     """The union as disjoint spans in order of time."""
     merged: list[list[float]] = []

@@ -8,7 +8,7 @@ makes a pattern try again.
 from __future__ import annotations
 
 import re
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from math import ceil, isfinite
 
 _DECIMAL = r"[0-9]++(?:\.[0-9]++)?+"
@@ -37,6 +37,24 @@ _FENCED = re.compile(r"```[a-z]*+\s([^`]*+)```")
 
 _FOUR = r"\s*+,\s*+".join([f"-?+{_DECIMAL}"] * 4)
 _BOX = re.compile(rf"\[\s*+{_FOUR}\s*+\]|\(\s*+{_FOUR}\s*+\)")
+
+_INNERMOST = re.compile(r"[\[({]([^\[\](){}]*+)[\])}]")
+_TAIL = r"(?![\w%]|[.:][0-9])"  # the number does not go on
+_JOIN = r"(?:\s*+[,;~\u2013\u2014-]\s*+|\s++(?:to|and|until)\s++)"
+_QUOTE = r"[\"']?+"
+_TWO = re.compile(rf"\s*+{_QUOTE}(-?+)({_TIME}){_TAIL}{_QUOTE}{_JOIN}{_QUOTE}(-?+)({_TIME}){_TAIL}{_QUOTE}\s*+,?+\s*+")
+_RANGE = re.compile(
+    rf"(?<![\w.+*/^\u2212\u2013-])(?<![0-9][:,])({_TIME})"
+    rf"(?:\s++(?:to|and|until)\s++|\s*+[~\u2013\u2014-]\s*+)({_TIME})(?![\w%]|[.,:][0-9]|\s*+[~\u2013\u2014-])"
+)
+_FROM, _UNTIL = (
+    re.compile(rf"\b(?:{words})(?:_?(?:time|sec|seconds?|s))?[\"']?\s*+[:=]\s*+[\"']?(-?+)({_TIME}){_TAIL}")
+    for words in ("start|begin|from", "end|stop|to|until")
+)
+
+CALL = "tool_call"
+_CALLED = re.compile(r"""["']name["']\s*+:\s*+["']([^"']{0,64})["']""")
+_MEDIA = re.compile(r"""["'](?:video|image|media)["']\s*+:\s*+([0-9]{1,4})(?![0-9.])""")
 
 _LIST = rf"({_DECIMAL}(?:\s*+,\s*+(?:and\s++)?+{_DECIMAL}|\s++and\s++{_DECIMAL})*+)"
 _HIGHLIGHTS = re.compile(
@@ -97,6 +115,76 @@ def time_spans(text: str | None) -> list[tuple[float, float]] | None:
     return list(zip(numbers[::2], numbers[1::2])) if all(map(isfinite, numbers)) else None
 
 
+def windows(text: str | None) -> list[tuple[float, float]] | None:
+    """Every pair of times of a text that should be a list of spans, in seconds and as written; None when there is none.
+
+    What `time_spans` reads, it reads; `[]` gives []. Otherwise each innermost bracket counts that holds two times, with
+    units or clocks, and each JSON object with a start and an end: `[[00:10, 00:20]]`, `(3s - 5s)`, `{"start": 3, "end": 5}`.
+    Without such brackets it is the text as a whole, then every "a to b", "a and b", "a - b" of it. Inside brackets a minus
+    is read: a clue may reach out of its video. Brackets that hold anything else are passed over.
+    """
+    exact = time_spans(text)
+    if exact is not None:
+        return exact
+    text = (text or "").lower()
+    found = [span for group in _INNERMOST.findall(text) if (span := _window(group))]
+    if not found:
+        whole = _window(text)
+        found = [whole] if whole else [_pair(*phrase) for phrase in _RANGE.findall(text)]
+    return [span for span in found if all(map(isfinite, span))] or None
+
+
+def indices(text: str | None) -> list[int] | None:
+    """The whole numbers of a text that is one list of them, with or without brackets: `[1, 4]`, `frames 1, 4 and 7`.
+
+    `[]` gives []; words, signs, decimals, numbers of ten digits and several lists give None. Prose around brackets is free.
+    """
+    text = (text or "").lower()
+    groups = _INNERMOST.findall(text)
+    if len(groups) > 1:
+        return None
+    words = re.sub(r"\bframes?\b:?|\band\b|[,;]", " ", groups[0] if groups else text).split()
+    if not (groups or words) or not all(re.fullmatch("[0-9]{1,9}", word) for word in words):
+        return None
+    return list(map(int, words))
+
+
+def objects(text: str | None) -> list[str]:
+    """The outermost `{..}` of a text, in order. Braces inside of strings count; one that is never closed is left out."""
+    found, depth, start = [], 0, 0
+    for brace in re.finditer("[{}]", text or ""):
+        if brace[0] == "{":
+            start = start if depth else brace.start()
+            depth += 1
+        elif depth:
+            depth -= 1
+            if not depth:
+                found.append(text[start : brace.end()])
+    return found
+
+
+def blocks(text: str | None, tags: Sequence[str]) -> list[tuple[str, str]]:
+    """(tag, stripped inside) of every complete block of one of the tags, in order; of nested ones the innermost."""
+    found, opened = [], None
+    for mark in re.finditer(rf"<(/?)({'|'.join(map(re.escape, tags))})>", text or "") if tags else ():
+        if not mark[1]:
+            opened = (mark[2], mark.end())
+        elif opened and opened[0] == mark[2]:
+            found.append((mark[2], text[opened[1] : mark.start()].strip()))
+            opened = None
+    return found
+
+
+def calls(text: str | None, tools: Sequence[str]) -> list[tuple[str, str, int]]:
+    """(tool, its arguments, number of the media it names or 0) of every call in a text, in order.
+
+    A call is a tag of its own (`<zoom>[10, 20, 60, 80]</zoom>`), JSON in a `<tool_call>`, or where no tag is JSON by itself:
+    `{"name": "zoom", "arguments": {"box": [10, 20, 60, 80], "video": 1}}`. JSON may name any tool; without a name it is "".
+    """
+    found = blocks(text, (*tools, CALL)) or [(CALL, body) for body in objects(text) if _CALLED.search(body)]
+    return [_called(body) if tag == CALL else (tag, *_addressed(body)) for tag, body in found]
+
+
 def highlights(text: str | None, grid: float = 2.0) -> list[tuple[float, float]] | None:
     """(second, saliency) pairs, in the order given, from a text that is these two sentences and nothing else.
 
@@ -136,6 +224,33 @@ def choice(text: str | None, letters: Container[str]) -> str | None:
             if match[1] in letters:
                 return match[1]
     return None
+
+
+def _called(text: str) -> tuple[str, str, int]:
+    named = _CALLED.search(text)
+    return (named[1], *_addressed(text[: named.start()] + text[named.end() :])) if named else ("", text, 0)
+
+
+def _addressed(text: str) -> tuple[str, int]:
+    media = _MEDIA.search(text)
+    return (text[: media.start()] + text[media.end() :], int(media[1])) if media else (text, 0)
+
+
+def _window(text: str) -> tuple[float, float] | None:
+    """Two times and nothing else, or the start and the end that a text names."""
+    if two := _TWO.fullmatch(text):
+        sign, first, minus, second = two.groups()
+    elif (start := _FROM.search(text)) and (end := _UNTIL.search(text)):
+        (sign, first), (minus, second) = start.groups(), end.groups()
+    else:
+        return None
+    start, end = _pair(first, second)
+    return (-start if sign else start, -end if minus else end)
+
+
+def _pair(first: str, second: str) -> tuple[float, float]:
+    """Seconds of two times; the first takes the unit of the second where it has none of its own."""
+    return _seconds(first, unit=_PIECE.findall(second)[-1][1] or "s"), _seconds(second, unit="s")
 
 
 def _seconds(time: str, *, unit: str) -> float:

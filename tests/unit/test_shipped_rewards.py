@@ -11,14 +11,18 @@ import pytest
 from rft import Rollout, Sample, Segment
 from rft.evaluation.contract import HOSTILE
 from rft.plugins import load_object
+from rft.types import View
 
 temporal_iou = load_object("rewards/grounding.py:temporal_iou")
 temporal_set_iou = load_object("rewards/grounding.py:temporal_set_iou")
 box_iou = load_object("rewards/detection.py:box_iou")
 tagged_answer = load_object("rewards/format.py:tagged_answer")
 accuracy = load_object("rewards/choice.py:accuracy")
+clue_iou, look_cost, valid_call, completeness = (
+    load_object(f"rewards/perception.py:{name}") for name in ("clue_iou", "look_cost", "valid_call", "completeness")
+)
 
-REWARDS = [temporal_iou, temporal_set_iou, box_iou, tagged_answer, accuracy]
+REWARDS = [temporal_iou, temporal_set_iou, box_iou, tagged_answer, accuracy, clue_iou, look_cost, valid_call, completeness]
 LONG = ["<answer>" + "1 to " * 20_000 + "</answer>", "<answer>[" + "(1,2)," * 16_000 + "]</answer>", "<answer>" * 12_000]
 OPTIONS = {"options": ["a door", "a man", "a dog", "a car"]}
 
@@ -130,7 +134,7 @@ def test_only_the_last_turn_counts() -> None:
 
 def test_a_row_without_the_annotation_is_none_of_its_business() -> None:
     sample = asked(text="free")
-    for reward in (temporal_iou, temporal_set_iou, box_iou, accuracy):
+    for reward in (temporal_iou, temporal_set_iou, box_iou, accuracy, clue_iou, completeness):
         assert reward(answered("C"), sample) is None
 
 
@@ -180,3 +184,111 @@ def test_any_text_earns_a_number_between_0_and_1_and_soon(reward: Any) -> None:
         assert time.perf_counter() - start < 1.0
         assert isinstance(value, float) and 0.0 <= value <= 1.0, text[:80]
     assert reward(Rollout(sample_id="s", segments=(), stop="malformed"), EVERYTHING) == 0.0
+
+
+def shown(*seconds: float, tokens: int = 64, crop: tuple | None = None) -> View:
+    return View(
+        media=0, kind="video", source="a.mp4", frames=tuple(range(len(seconds))), seconds=seconds, pair_seconds=seconds[::2],
+        size=(56, 112), original=(560, 1120), grid=(1, 4, 8), tokens=tokens, duration=30.0, crop=crop,
+    )  # fmt: skip
+
+
+def looked(*rounds: tuple[str, tuple[View, ...]], first: tuple[View, ...] = (shown(0.0, 15.0, 29.0),)) -> Rollout:
+    """A prompt with `first`, then turns, each answered by the world with views."""
+    segments = [Segment(author="world", text="?", views=first)]
+    for text, views in rounds:
+        segments += [Segment(author="policy", text=text), Segment(author="world", text="", views=views)]
+    return Rollout(sample_id="s", segments=tuple(segments))
+
+
+def clued(text: str) -> str:
+    return f"<answer>C</answer><clue>{text}</clue>"
+
+
+def test_clue_iou() -> None:
+    assert clue_iou(wrote(clued("[(2, 5)]")), EVERYTHING) == clue_iou(wrote(clued("2 s to 5 s")), EVERYTHING) == 1.0
+    assert clue_iou(wrote(clued("[(3, 6)]")), EVERYTHING) == 0.5
+    assert clue_iou(wrote(clued("[(2, 3), (4, 5)]")), EVERYTHING) == pytest.approx(2 / 3)
+    assert clue_iou(wrote("<glue>[(10, 14)]</glue>"), asked(span=(2.0, 5.0), valid_spans=((10.0, 14.0),))) == 1.0
+    two = wrote(clued("[(2, 5)]"), clued("[(3, 6)]"), "<answer>C</answer>")
+    assert [clue_iou(two, EVERYTHING, round=k) for k in (0, 1, 2, 3, -1, -3, -4)] == [1.0, 0.5, 0.0, 0.0, 0.0, 1.0, 0.0]
+
+
+def test_clue_iou_of_a_box_in_the_view_that_it_is_about() -> None:
+    truth = asked(box=(100.0, 50.0, 200.0, 150.0))
+    assert clue_iou(wrote(clued("[100, 50, 200, 150]")), truth) == 1.0
+    assert clue_iou(wrote(clued("[2, 5]")), truth) == 0.0
+    there, crop = (shown(0.0, 1.0),), (shown(0.0, 1.0, crop=(100.0, 50.0, 324.0, 162.0)),)
+    twice = looked((clued("[10, 5, 20, 15]"), crop), (clued("[0, 0, 50, 50]"), ()), first=there)
+    assert clue_iou(twice, truth, boxes="pixels") == pytest.approx(1.0)  # 112 pixels for 1120
+    assert clue_iou(twice, truth, boxes="pixels", round=1) == pytest.approx(1.0)  # 112 for 224, from (100, 50) on
+    assert clue_iou(wrote(clued("[10, 5, 20, 15]")), truth, boxes="pixels") == 0.0  # nothing was shown
+    thousandths = looked((clued("[89, 89, 179, 268]"), ()), first=there)
+    assert clue_iou(thousandths, truth, boxes="thousandths") == pytest.approx(1.0, abs=0.02)
+    assert clue_iou(twice, truth) == 0.0
+    assert clue_iou(twice, EVERYTHING) == 0.0 < clue_iou(wrote(clued("[0, 0, 10, 5]")), EVERYTHING, kind="boxes")
+    assert clue_iou(twice, asked(span=(2.0, 5.0)), kind="boxes") is None
+
+
+def test_look_cost_counts_what_was_chosen() -> None:
+    assert look_cost(looked(("a", ())), EVERYTHING) == 0.0  # the prompt is free
+    twice = looked(("a", (shown(1.0, tokens=100),)), ("b", (shown(1.0, tokens=100), shown(2.0, tokens=200))), ("c", ()))
+    assert look_cost(twice, EVERYTHING, max_tokens=800) == 0.5
+    assert look_cost(twice, EVERYTHING, max_tokens=100) == 1.0
+
+
+def test_valid_call() -> None:
+    a, b, wrong = "<zoom>[1, 2, 30, 40]</zoom>", "<zoom>[5, 2, 30, 40]</zoom>", "<zoom>left</zoom>"
+    see = (shown(1.0),)
+    unknown = '{"name": "search", "arguments": {}}'
+    cases = [
+        ([(a, see), ("C", ())], 1.0),
+        ([(a, see), (b, see), ("C", ())], 1.0),
+        ([(a, see), (wrong, ()), ("C", ())], 0.5),
+        ([(a, see), (unknown, ()), ("C", ())], 0.5),
+        ([(a, see), (a, see), ("C", ())], 0.5),  # the same again
+        ([(a + b, see), ("C", ())], 0.5),  # one was shown
+        ([(a, ()), ("C", ())], 0.0),  # refused
+        ([(a, see), (b, ())], 0.5),  # the last turn calls into the void
+        ([("C", see)], 0.0),
+        ([(a * 9, see), ("C", ())], 0.0),  # more than max_calls
+    ]
+    for rounds, expected in cases:
+        assert valid_call(looked(*rounds), EVERYTHING) == expected, rounds
+    assert valid_call(looked((clued("[(2, 5)]"), see), ("C", ())), EVERYTHING, clue=True) == 1.0
+    assert valid_call(looked((clued("[(2, 5)]"), see), ("C", ())), EVERYTHING) == 0.0
+    assert valid_call(looked(("<watch>2 to 5</watch>", see)), EVERYTHING, tools={"watch": "windows"}) == 1.0
+
+
+def test_completeness() -> None:
+    inside, quarter = (2.1, 3.0, 3.9, 4.8), [k / 4 for k in range(120)]
+    cases = [
+        ((shown(*inside),), 1.0),  # each of 2..2.75..3.5..4.25..5
+        ((shown(*inside[:2]),), 2 * 1 * 0.5 / 1.5),
+        ((shown(*inside, 6.0, 7.0, 8.0, 9.0),), 2 * 1 * 0.5 / 1.5),
+        ((shown(3.0, 3.0), shown(3.0)), 2 * 1 * 0.25 / 1.25),  # the same frame again and again
+        ((shown(*quarter),), 2 * 13 / 120 / (1 + 13 / 120)),  # the whole film
+        ((shown(7.0, 8.0),), 0.0),
+        ((), 0.0),
+    ]
+    for views, expected in cases:
+        assert completeness(looked(("a", views), ("C", ())), EVERYTHING) == pytest.approx(expected), views
+    assert completeness(looked(("C", ()), first=(shown(*inside),)), EVERYTHING) == 0.0  # what everybody is shown
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "none", "[(5, 2)]", "[(2, 2)]", "[(0, 1e9)]", str([(2, 5)] * 4), "2 to 5, 6 to 7, 8 to 9, 1 to 2"]
+)
+def test_a_clue_that_names_nothing_or_everything_earns_nothing(text: str) -> None:
+    for sample in (EVERYTHING, asked(spans=()), asked(span=(2.0, 5.0)), asked(box=(0, 0, 0, 0))):
+        assert clue_iou(wrote(clued(text)), sample) < 1e-6
+    assert clue_iou(wrote(clued("0 to 30")), EVERYTHING) == pytest.approx(0.1)  # the whole film
+
+
+@pytest.mark.parametrize("reward", [clue_iou, look_cost, valid_call, completeness], ids=lambda reward: reward.__name__)
+def test_rewards_of_looks_survive_hostile_turns_between_looks(reward: Any) -> None:
+    for hostile in HOSTILE.values():
+        for tag in ("clue", "zoom", "tool_call"):
+            text = hostile.replace("answer>", f"{tag}>")
+            value = reward(looked((text, (shown(2.0, 3.0),)), (text, ())), EVERYTHING)
+            assert isinstance(value, float) and 0.0 <= value <= 1.0

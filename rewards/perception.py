@@ -1,0 +1,136 @@
+"""How a rollout looked: was the clue right, was the call one, what did the looks cost, what did they show.
+
+They judge looks and not answers: weigh them below the answer's reward, or let them count where the answer is right.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+
+from rft import Rollout, Sample, Segment, geometry, parsing
+
+_TAGS = ("clue", "glue")
+_TOOLS = {"zoom": "boxes"}
+_READERS = {"boxes": parsing.boxes, "windows": parsing.windows, "indices": parsing.indices}
+
+
+def clue_iou(
+    rollout: Rollout, sample: Sample, round: int = 0, max_windows: int = 3, kind: str | None = None, boxes: str = "file"
+) -> float | None:
+    """Overlap of the clue of one turn (-1 is the last) with the annotation; None without one that a clue could match.
+
+    Windows against the union of the annotated `spans`, or against `span` and what else is right; without these, or with
+    `kind: boxes`, a box against the annotated `box`. `boxes` says what the model's coordinates are: those of the annotation
+    (`file`), or `pixels` of the resized picture or `thousandths` of its sides (see rft/families.py); these two are about
+    the last view before the turn, and the annotation is then in pixels of the file. 0 earn: a turn that did not come, no
+    clue or one that names nothing, more than `max_windows` windows or one box, and reversed values alone. A clue is not
+    cut to the video, so that a window without end is worth nothing.
+    """
+    has_time = ("spans" in sample.answer or "span" in sample.answer) and kind != "boxes"
+    if not has_time:
+        return _box_iou(rollout, sample.answer["box"], round, boxes) if "box" in sample.answer else None
+    windows = parsing.windows(_last_clue(_turn(rollout, round)))
+    if not windows or len(windows) > max_windows:
+        return 0.0
+    if "spans" in sample.answer:
+        return geometry.spans_iou(windows, sample.answer["spans"])
+    return max(geometry.spans_iou(windows, [s]) for s in (sample.answer["span"], *sample.answer.get("valid_spans", ())))
+
+
+def look_cost(rollout: Rollout, sample: Sample, max_tokens: int = 4096) -> float:
+    """Visual tokens shown after the first turn as a share of `max_tokens`, at most 1; give it a negative weight.
+
+    0 is a rollout that did not look, or was refused. What the first prompt shows costs nothing: nobody chose it.
+    """
+    return min(1.0, sum(view.tokens for view in _looked(rollout)) / max_tokens)
+
+
+def valid_call(
+    rollout: Rollout, sample: Sample, tools: Mapping[str, str] = _TOOLS, max_calls: int = 8, clue: bool = False
+) -> float:
+    """Share of the calls that could be read, were not made before and were answered with something to see.
+
+    `tools` says by name what a call takes: boxes, windows or indices; with `clue`, `<clue>` and `<glue>` of windows are
+    calls too. A view answers one call, so that two calls for one view are one that paid. 0 earn: no call, more than
+    `max_calls`, calls of the last turn, of tools that do not exist, and repetitions. Making more calls does not earn more.
+    """
+    known = {**tools, **(dict.fromkeys(_TAGS, "windows") if clue else {})}
+    made, valid, seen = 0, 0, set()
+    for text, views in _rounds(rollout):
+        called = parsing.calls(text, tuple(known))
+        made += len(called)
+        read = [(name, media, _READERS[known[name]](body)) for name, body, media in called if name in known]
+        fresh = {(name, media, tuple(values)) for name, media, values in read if values} - seen
+        seen |= fresh
+        valid += min(len(fresh), len(views))
+    return valid / made if 0 < made <= max_calls else 0.0
+
+
+def completeness(rollout: Rollout, sample: Sample, bins: int = 4) -> float | None:
+    """How well the frames of the looks stand for the annotated time; None without annotated `span` or `spans`.
+
+    The harmonic mean of two shares: of the `bins` equal parts of each annotated span, those in which a frame was shown;
+    of the frames shown, each counted once, those inside. Looking at everything is paid for by the second, at one frame by
+    the first. 0 earn: no look, and looks that miss. It says where the frames are, not that they suffice for the answer.
+    Where looks hold frames of the whole film on purpose the most is below 1, for all rollouts alike.
+    """
+    spans = sample.answer.get("spans") or ([sample.answer["span"]] if "span" in sample.answer else None)
+    if not spans:
+        return None
+    seconds = {s for view in _looked(rollout) for s in view.seconds}
+    inside = {s for s in seconds if any(start <= s <= end for start, end in spans)}
+    if not inside:
+        return 0.0
+    width = [(start, (end - start) / bins) for start, end in spans]
+    parts = [(start + k * w, start + (k + 1) * w) for start, w in width for k in range(bins)]
+    recall = sum(any(low <= s <= high for s in inside) for low, high in parts) / len(parts)
+    precision = len(inside) / len(seconds)
+    return 2 * precision * recall / (precision + recall)
+
+
+def _box_iou(rollout: Rollout, truth: Sequence[float], round: int, unit: str) -> float:
+    found = parsing.boxes(_last_clue(_turn(rollout, round)))
+    if not found or len(found) > 1:
+        return 0.0
+    if unit == "file":
+        return geometry.box_iou(found[0], truth)
+    shown = _shown_before(rollout, round)
+    if shown is None:
+        return 0.0
+    (height, width), (rows, columns) = shown.original, shown.size
+    extent = {"pixels": (columns, rows), "thousandths": (1000, 1000)}[unit]
+    box = geometry.carried(found[0], (0, 0, *extent), shown.crop or (0, 0, width, height))
+    return geometry.box_iou(box, truth)
+
+
+def _last_clue(text: str) -> str | None:
+    found = parsing.blocks(text, _TAGS)
+    return found[-1][1] if found else None
+
+
+def _turn(rollout: Rollout, round: int) -> str:
+    turns = rollout.turns
+    return turns[round] if -len(turns) <= round < len(turns) else ""
+
+
+def _runs(rollout: Rollout) -> list[tuple[bool, list[Segment]]]:
+    return [(world, list(run)) for world, run in groupby(rollout.segments, key=lambda s: s.author == "world")]
+
+
+def _rounds(rollout: Rollout) -> list[tuple[str, list]]:
+    """(text, views that the world answered with) of each turn."""
+    runs = _runs(rollout)
+    after = [[v for s in run for v in s.views] if world else [] for world, run in runs[1:]] + [[]]
+    return [("".join(s.text for s in run), views) for (world, run), views in zip(runs, after) if not world]
+
+
+def _looked(rollout: Rollout) -> list:
+    return [view for _, views in _rounds(rollout) for view in views]
+
+
+def _shown_before(rollout: Rollout, round: int):
+    """The view that stands last before a turn: the one that its boxes are about."""
+    before, turns = [], []
+    for world, run in _runs(rollout):
+        before += [v for s in run for v in s.views]
+        turns += [] if world else [before[-1] if before else None]
+    return turns[round] if -len(turns) <= round < len(turns) else None
