@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rft import data_cli, launch_cli, slurm_cli, sweep_cli, train_cli
 from rft.errors import RecipeError, RftError
+from rft.options import add_recipe, number
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,8 +41,7 @@ def parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help)
         sub.set_defaults(run=run)
         if recipe:
-            sub.add_argument("recipe", help="a YAML file: a path, or recipes/... of the package")
-            sub.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="sets", help="override one value")
+            add_recipe(sub)
         return sub
 
     train_cli.add(commands)
@@ -59,11 +59,11 @@ def parser() -> argparse.ArgumentParser:
     bench = command("bench", _bench, "Measure what sharing a prompt is worth: the same work by several arms.", recipe=False)
     bench.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     bench.add_argument("--model", default="tiny", help="tiny, qwen2.5-vl-3b, qwen2.5-vl-7b or qwen3-vl-8b; random weights")
-    bench.add_argument("--frames", type=_number, help="frames of the video; default: the model's")
-    bench.add_argument("--group", type=_number, default=8, help="completions of the prompt (default 8)")
-    bench.add_argument("--completion", type=_number, help="tokens of a completion; default: the model's")
+    bench.add_argument("--frames", type=number, help="frames of the video; default: the model's")
+    bench.add_argument("--group", type=number, default=8, help="completions of the prompt (default 8)")
+    bench.add_argument("--completion", type=number, help="tokens of a completion; default: the model's")
     bench.add_argument("--ragged", action="store_true", help="draw lengths between half of that and all of it")
-    bench.add_argument("--repeats", type=_number, help="rounds of all arms (default 2, 5 on cuda)")
+    bench.add_argument("--repeats", type=number, help="rounds of all arms (default 2, 5 on cuda)")
     bench.add_argument("--arms", default="", metavar="A,B", help="only these; default: all but expanded-fair")
     bench.add_argument("--sweep", action="store_true", help="also the speed-up over the group size and over P / C")
     bench.add_argument("--output", default="bench.json", metavar="FILE.json", help="FILE.png goes beside it")
@@ -89,12 +89,6 @@ def parser() -> argparse.ArgumentParser:
 def _count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of rows")
-    return int(text)
-
-
-def _number(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
     return int(text)
 
 

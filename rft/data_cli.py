@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rft.options import add_actions
+
 DATASETS = ("charades_sta", "activitynet", "qvhighlights")
 NAMED = 6  # ids of a reason that are printed
 
 
 def add(commands: Any) -> None:
     """Adds `data` to the subcommands of a parser."""
-    about = "Make rows out of published annotations."
-    actions = commands.add_parser("data", help=about, description=about).add_subparsers(metavar="ACTION", required=True)
+    action = add_actions(commands, "data", "Make rows out of published annotations.")
     about = "Read a dataset's annotation file, repair what can be repaired, and report every repair, clamp and drop."
-    sub = actions.add_parser("import", help=about, description=about)
-    sub.set_defaults(run=_import)
+    sub = action("import", _import, about)
     sub.add_argument("dataset", choices=DATASETS)
     sub.add_argument("--annotations", required=True, metavar="FILE", help="the annotation file as it was published")
     sub.add_argument("--media", required=True, metavar="DIR", help="its videos, found by id with any usual extension")

@@ -6,20 +6,19 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from rft.options import add_config, add_recipe
+
 
 def add(commands: Any) -> None:
     """Adds `launch` to the subcommands of a parser."""
     about = "Train a recipe with several processes, on one machine or many."
     sub = commands.add_parser("launch", help=about, description=about)
     sub.set_defaults(run=_launch)
-    sub.add_argument("recipe", help="a YAML file: a path, or recipes/... of the package")
-    sub.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="sets", help="override one value")
+    add_recipe(sub)
     sub.add_argument("--output", metavar="DIR", help="folder of the run; default: the recipe's, numbered")
     sub.add_argument("--processes", type=int, metavar="N", help="on each machine; default: one per GPU")
     sub.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default 1)")
-    sub.add_argument(
-        "--config", default="ddp", metavar="NAME", help="ddp (default), zero2, zero3, zero3_offload, fsdp2, or a YAML file"
-    )
+    add_config(sub)
     many = sub.add_argument_group("many machines", "Run the command on every one of them.")
     many.add_argument("--machine-rank", metavar="K", help="number of this machine, from 0 on")
     many.add_argument("--address", default="", metavar="HOST", help="machine 0, as the others reach it")

@@ -9,42 +9,31 @@ import time
 from pathlib import Path
 from typing import Any
 
+from rft.cluster.submission import Request
+from rft.options import add_actions, add_config, add_recipe
+from rft.run.state import STATE
+
 
 def add(commands: Any) -> None:
     """Adds `slurm` to the subcommands of a parser."""
-    about = "Train on a Slurm cluster: submit, watch, cancel, resume."
-    actions = commands.add_parser("slurm", help=about, description=about).add_subparsers(metavar="ACTION", required=True)
-
+    action = add_actions(commands, "slurm", "Train on a Slurm cluster: submit, watch, cancel, resume.")
     about = "Submit a recipe as a job that stops in time, goes back into the queue and resumes."
-    sub = actions.add_parser("submit", help=about, description=about)
-    sub.set_defaults(run=_submit)
-    sub.add_argument("recipe", help="a YAML file: a path, or recipes/... of the package")
-    sub.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="sets", help="override one value")
+    sub = action("submit", _submit, about)
+    add_recipe(sub)
     sub.add_argument("--output", metavar="RUN", help="folder of the run; default: the recipe's, numbered")
     add_request(sub)
-
-    about = "What the runs' folders say, and what Slurm says."
-    sub = actions.add_parser("status", help=about, description=about)
-    sub.set_defaults(run=_status)
+    sub = action("status", _status, "What the runs' folders say, and what Slurm says.")
     sub.add_argument("runs", nargs="*", metavar="RUN", help="run folders; default: those in runs/")
-
-    about = "Print what a run has printed."
-    sub = actions.add_parser("logs", help=about, description=about)
-    sub.set_defaults(run=_logs)
+    sub = action("logs", _logs, "Print what a run has printed.")
     sub.add_argument("folder", metavar="RUN")
     sub.add_argument("--rank", type=int, metavar="K", help="only this rank; default: the job, the nodes and rank 0")
     sub.add_argument("--attempt", type=int, metavar="N", help="default: the last one")
     sub.add_argument("-f", "--follow", action="store_true", help="go on until the run has ended")
-
-    about = "End a run's job. The run can be resumed."
-    sub = actions.add_parser("cancel", help=about, description=about)
-    sub.set_defaults(run=_cancel)
+    sub = action("cancel", _cancel, "End a run's job. The run can be resumed.")
     sub.add_argument("folder", metavar="RUN")
-
-    about = "Submit an unfinished run again, as it was submitted."
-    sub = actions.add_parser("resume", help=about, description=about)
-    sub.set_defaults(run=_resume)
+    sub = action("resume", _resume, "Submit an unfinished run again, as it was submitted.")
     sub.add_argument("folder", metavar="RUN")
+    sub.add_argument("--allow-drift", action="store_true", help="go on although recipe, data or rewards have changed")
     sub.add_argument("--dry-run", action="store_true", help="print the script, and submit nothing")
 
 
@@ -72,17 +61,13 @@ def add_request(sub: argparse.ArgumentParser) -> None:
         help="save so long before the time limit; more than a step and a save take (default 300)",
     )  # fmt: skip
     sub.add_argument("--max-restarts", type=int, default=20, metavar="N", help="after that it stays stopped (default 20)")
-    sub.add_argument(
-        "--config", default="ddp", metavar="NAME", help="ddp (default), zero2, zero3, zero3_offload, fsdp2, or a YAML file"
-    )
+    add_config(sub)
     sub.add_argument("--template", default="", metavar="FILE", help="instead of launch/slurm/job.sbatch")
     sub.add_argument("--dry-run", action="store_true", help="print the script, and submit nothing")
 
 
-def request_of(options: argparse.Namespace) -> Any:
-    """The `Request` that the options of `add_request` describe."""
-    from rft.cluster.slurm import Request
-
+def request_of(options: argparse.Namespace) -> Request:
+    """What the options of `add_request` ask for."""
     return Request(
         nodes=options.nodes,
         gpus_per_node=options.gpus_per_node,
@@ -115,7 +100,7 @@ def _submit(options: argparse.Namespace) -> None:
     if options.dry_run:
         submit([folder], request, folder=folder, dry_run=True, name=loaded.recipe.name)
         return
-    if options.output and (folder / "state.json").exists():
+    if options.output and (folder / STATE).exists():
         refuse_taken(folder)
         raise ClusterError(str(folder), "holds a run already", f"rft slurm resume {folder}, or another --output")
     made = [p for p in (folder, *folder.parents) if not p.exists()]
@@ -138,7 +123,7 @@ def folder_of(recipe: Any, output: str | None) -> Path:
         return Path(output).absolute()
     base = Path(recipe.output.format(name=recipe.name)).absolute()
     tries = (base if n == 1 else base.with_name(f"{base.name}-{n}") for n in range(1, 10_000))
-    return next(folder for folder in tries if not (folder / "state.json").exists())
+    return next(folder for folder in tries if not (folder / STATE).exists())
 
 
 def prepare(folder: Path, loaded: Any) -> None:
@@ -157,13 +142,12 @@ def prepare(folder: Path, loaded: Any) -> None:
         raise ClusterError(str(folder), f"cannot be written: {error.strerror}", "choose another --output") from error
 
 
-def _status(options: argparse.Namespace) -> int:
+def _status(options: argparse.Namespace) -> None:
     from rft.cluster.status import lines
 
     runs = [Path(run) for run in options.runs]
-    for line in lines(runs or sorted(p.parent for p in Path("runs").glob("*/state.json")), strict=bool(runs)):
+    for line in lines(runs or sorted(p.parent for p in Path("runs").glob(f"*/{STATE}")), strict=bool(runs)):
         print(line)
-    return 0
 
 
 def _logs(options: argparse.Namespace) -> None:
@@ -209,5 +193,5 @@ def _resume(options: argparse.Namespace) -> None:
     from rft.cluster.slurm import resume
 
     run = Path(options.folder).absolute()
-    if job := resume(run, dry_run=options.dry_run):
+    if job := resume(run, allow_drift=options.allow_drift, dry_run=options.dry_run):
         print(f"job {job}: {run}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from rft.options import add_config, add_recipe, number
+
 
 def add(commands: Any) -> None:
     """Adds `train` and `verify-resume` to the subcommands of a parser."""
@@ -14,22 +16,22 @@ def add(commands: Any) -> None:
     sub.set_defaults(run=_train)
     about = "Train a few generations twice, in one go and stopped and resumed half-way, and compare bit by bit."
     sub = commands.add_parser("verify-resume", help=about, description=about)
-    _add_recipe(sub)
-    sub.add_argument("--generations", type=_positive, default=2, metavar="K", help="2K a phase, stopped after K (default 2)")
-    sub.add_argument("--processes", type=_positive, default=1, metavar="N", help="processes of each run (default 1)")
-    sub.add_argument("--config", default="ddp", metavar="NAME", help="how processes share the work, as for `rft launch`")
+    add_recipe(sub)
+    sub.add_argument("--generations", type=number, default=2, metavar="K", help="2K a phase, stopped after K (default 2)")
+    sub.add_argument("--processes", type=number, default=1, metavar="N", help="processes of each run (default 1)")
+    add_config(sub)
     sub.add_argument("--output", default="", metavar="DIR", help="an empty folder for both runs; default: runs/verify-NAME")
     sub.set_defaults(run=_verify)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `rft train`."""
-    _add_recipe(parser)
+    add_recipe(parser)
     parser.add_argument("--output", metavar="DIR", help="folder of the run; default: the recipe's, numbered")
     resume = "auto (default): an unfinished run of the same recipe, data and rewards goes on from its last checkpoint"
     parser.add_argument("--resume", choices=("auto", "never"), default="auto", help=resume)
     parser.add_argument("--allow-drift", action="store_true", help="go on although recipe, data or rewards have changed")
-    parser.add_argument("--stop-after", type=_positive, default=0, metavar="N", help="save and stop after N generations")
+    parser.add_argument("--stop-after", type=number, default=0, metavar="N", help="save and stop after N generations")
     parser.add_argument("--digest-gradients", action="store_true", help="write a hash of every step's gradients")
 
 
@@ -44,17 +46,6 @@ def asked(options: argparse.Namespace) -> dict[str, Any]:
         "stop_after": options.stop_after,
         "digests": options.digest_gradients,
     }
-
-
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", help="a YAML file: a path, or recipes/... of the package")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="sets", help="override one value")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
-    return int(text)
 
 
 def _train(options: argparse.Namespace) -> None:

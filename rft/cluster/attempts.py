@@ -12,6 +12,7 @@ from rft.cluster.submission import read_json
 from rft.files import write_whole
 from rft.run.checkpoints import CHECKPOINTS, LAST_GOOD
 from rft.run.state import ATTEMPTS
+from rft.strict import build
 
 RECORD = "attempt.json"
 FRUITLESS = 2  # attempts in a row without a new checkpoint, after which another would be no better
@@ -48,9 +49,7 @@ class Attempt:
 def attempts_of(run: Path) -> list[Attempt]:
     """All that ran under a job, the first one first."""
     found = [read_json(path) for path in (run / ATTEMPTS).glob(f"*/{RECORD}")]
-    tuples = ("nodes", "lost")
-    read = [Attempt(**{k: tuple(v) if k in tuples else v for k, v in values.items()}) for values in found if values]
-    return sorted(read, key=lambda attempt: attempt.number)
+    return sorted((build(Attempt, values) for values in found if values), key=lambda attempt: attempt.number)
 
 
 def mark_of(run: Path) -> str:

@@ -10,18 +10,19 @@ from pathlib import Path
 
 from rft.cluster import queue, slurm
 from rft.cluster.launch import count_gpus
-from rft.cluster.rules import look
+from rft.cluster.prune import look
 from rft.cluster.submission import Place, Request, read_json
-from rft.cluster.sweep import Ended, Job, cores, sweep
+from rft.cluster.sweep import Ended, Job, cores, no_more, print_now, sweep
 from rft.cluster.trials import Swept, Trial
 from rft.errors import ClusterError
 from rft.files import write_whole
 from rft.run.lock import Lock
+from rft.strict import build
 
 SUBMITTED = "submitted.json"  # beside the trials: how the sweep was last given to Slurm
 
 
-def run_here(swept: Swept, *, slots: int = 0, say: Callable[[str], None] = print) -> Ended:
+def run_here(swept: Swept, *, slots: int = 0, say: Callable[[str], None] = print_now) -> Ended:
     """Train the unfinished trials, and those that a search asks for, `slots` at once (0: one per GPU, else per core).
 
     Raises:
@@ -32,16 +33,15 @@ def run_here(swept: Swept, *, slots: int = 0, say: Callable[[str], None] = print
     slots = slots or len(gpus) or cores()
     lock = _lock(swept.folder)
     try:
-        asked: Callable[[], Job | None] = _nothing
+        more: Callable[[], Job | None] = no_more
         if swept.sweep.search:
             from rft.cluster.search import Proposals
 
             search = Proposals(swept, say)
-            swept, asked = search.swept, search.next
+            swept, more = search.swept, search.next
         jobs = [trial.job for trial in swept.unfinished]
-        wanted = swept.sweep.search.trials if swept.sweep.search else len(swept.trials)
-        say(f"{len(swept.trials) - len(jobs)} of {wanted} trials are done; {slots} at once, in {swept.folder}")
-        ended = sweep(jobs, slots=slots, say=say, devices=gpus or ("",), look=look, more=asked)
+        say(f"{len(swept.trials) - len(jobs)} of {swept.num_wanted} trials are done; {slots} at once, in {swept.folder}")
+        ended = sweep(jobs, slots=slots, say=say, devices=gpus or ("",), look=look, more=more)
         if swept.sweep.search:
             search.hear()
         return ended
@@ -81,13 +81,13 @@ def submitted(swept: Swept) -> tuple[Request, int] | None:
     if not values:
         return None
     most = values.pop("max_running")
-    return Request(**{key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}), most
+    return build(Request, values), most
 
 
 def idle(swept: Swept) -> list[Trial]:
     """Unfinished trials that no job of Slurm's waits for or is at."""
     unfinished = swept.unfinished
-    places = {t.name: place for t in unfinished if (place := Place.of(t.folder))}
+    places = {t.name: place for t in unfinished if (place := Place.of(t.folder)) and place.job}
     if places:
         held = queue.queued([place.job for place in places.values()])
     return [t for t in unfinished if t.name not in places or places[t.name].job not in held]
@@ -108,7 +108,3 @@ def _lock(folder: Path) -> Lock:
     except ClusterError as error:
         what = error.what.replace("training this run", "running this sweep")
         raise ClusterError(error.where, what, "wait for it, or interrupt it: its trials save and stop") from error
-
-
-def _nothing() -> None:
-    return None

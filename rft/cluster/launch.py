@@ -21,6 +21,8 @@ import yaml
 from rft.errors import ClusterError
 from rft.files import write_whole
 from rft.plugins import find_file
+from rft.run.lock import LOCK
+from rft.run.state import STOP
 
 FOLDER = "launch/accelerate"
 PORT = 29500  # of the first machine, where several have to agree on one; one machine alone takes any that is free
@@ -151,8 +153,8 @@ def run(words: Sequence[str], folder: Path | None = None) -> int:
 
     def stop(number: int, _: Any) -> None:
         name = signal.Signals(number).name
-        if folder is not None and (folder / "lock").exists() and not (folder / "stop").exists():
-            write_whole(folder / "stop", f"{name} to rft launch\n")
+        if folder is not None and (folder / LOCK).exists() and not (folder / STOP).exists():
+            write_whole(folder / STOP, f"{name} to rft launch\n")
         else:
             process.send_signal(signal.SIGTERM if is_launcher else number)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+METRICS, SUMMARY = "metrics.jsonl", "summary.json"
 VALIDATION = "validation/"
 Rows = Sequence[Mapping[str, Any]]
 Curve = Sequence[tuple[int, float]]  # (step, value)
@@ -15,7 +16,7 @@ Curve = Sequence[tuple[int, float]]  # (step, value)
 def read_rows(run: Path) -> list[dict[str, Any]]:
     """The lines so far, [] where there are none. A last line that is still being written is left for later."""
     try:
-        text = (run / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+        text = (run / METRICS).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return []
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
@@ -33,14 +34,19 @@ def curve(rows: Rows, key: str) -> list[tuple[int, float]]:
     return points
 
 
+def on_validation(metric: str) -> str:
+    """The name of a metric on the validation split: `miou` and `validation/miou` are `validation/miou`."""
+    return f"{VALIDATION}{metric.removeprefix(VALIDATION)}"
+
+
 def validated(run: Path, metric: str) -> list[tuple[int, float]]:
-    """A metric on the validation split over the steps of all phases."""
-    return curve(read_rows(run), f"{VALIDATION}{metric.removeprefix(VALIDATION)}")
+    """A metric on the validation split over the steps of all phases: (step, value) points."""
+    return curve(read_rows(run), on_validation(metric))
 
 
 def final(run: Path, metric: str = "") -> dict[str, float]:
     """The metrics of a finished run on the test split; beside them `validation/...` as it was last, where it is asked for."""
-    found: dict[str, float] = json.loads((run / "summary.json").read_text(encoding="utf-8"))["final"]
+    found: dict[str, float] = json.loads((run / SUMMARY).read_text(encoding="utf-8"))["final"]
     if metric.startswith(VALIDATION) and (points := validated(run, metric)):
         return {metric: points[-1][1], **found}
     return found

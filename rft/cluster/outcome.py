@@ -1,4 +1,4 @@
-"""Finished runs as a table, a chart and a verdict."""
+"""A study's finished runs as a table, a chart and a verdict."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
-from rft.cluster.metrics import Curve, final, validated
-from rft.cluster.paired import ENOUGH, Claim, Spread, differences, judge, spread
+from rft.cluster.metrics import SUMMARY, Curve, final, validated
+from rft.cluster.paired import Claim, differences, judge, spread
 from rft.cluster.sweep import Ended, Job
+from rft.cluster.table import COLUMNS, BySeed, column_of, row_json, spread_of, table
 from rft.files import write_whole
 from rft.recipe import Recipe
+from rft.run.state import read_state
 
-COLUMNS = ("miou", "r1@0.3", "r1@0.5", "r1@0.7")
-Values = Mapping[str, Mapping[int, Mapping[str, float]]]  # by row of the table, seed and metric
+Values = Mapping[str, BySeed]  # by row of the table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,11 +45,12 @@ def conclude(
     done = [p for p in planned if p.job.name in ended.finished]
     values = results(done, trials, shared)
     columns = list(dict.fromkeys((metric, *COLUMNS)))
-    paired = {name: paired_with(values, name, claim.worse, columns) for name in trials if name in values}
+    others = [name for name in trials if name in values and name != claim.worse]
+    paired = {name: paired_with(values, name, claim.worse, columns) for name in others}
+    spreads = {name: {c: spread(list(d.values())) for c, d in by.items()} for name, by in paired.items()}
     lines = [table({name: {c: spread_of(rows, c) for c in columns} for name, rows in values.items()}, columns)]
     if claim.worse in values:
-        others = {name: {c: _spread(d.values()) for c, d in by.items()} for name, by in paired.items() if name != claim.worse}
-        lines += ["", f"minus {claim.worse}, seed by seed", table(others, columns, signed=True)]
+        lines += ["", f"minus {claim.worse}, seed by seed", table(spreads, columns, signed=True)]
     means = {name: spread_of(values[name], metric) for name in trials if name in values}
     order = sorted((n for n, s in means.items() if s), key=lambda n: -means[n].mean)
     lines += ["", f"by {metric}: {' > '.join(order) or 'no run finished'}"]
@@ -59,14 +60,18 @@ def conclude(
     lines += [f"missing: {name}: {why}" for name, why in ended.failed.items()]
     text = "\n".join(["test split: mean over seeds and half of its 95 % t interval", *lines]) + "\n"
     write_whole(folder / "table.txt", text)
+    in_pairs = {
+        name: {c: {"seeds": {str(k): v for k, v in d.items()}, **asdict(spreads[name][c])} for c, d in by.items()}
+        for name, by in paired.items()
+    }
     report = {
         "study": title,
         "metric": metric,
-        "rows": {name: described(rows, columns) for name, rows in values.items()},
-        "paired": {"with": claim.worse, **{name: _paired_described(by) for name, by in paired.items() if name != claim.worse}},
+        "rows": {name: row_json(rows, columns) for name, rows in values.items()},
+        "paired": {"with": claim.worse, **in_pairs},
         "order": order,
         "claim": {"text": str(claim), "holds": verdict.holds if verdict else None, "grounds": grounds},
-        "seconds": {p.job.name: json.loads((p.job.folder / "state.json").read_text())["seconds"] for p in done},
+        "seconds": {p.job.name: read_state(p.job.folder)["seconds"] for p in done},
         "failed": dict(ended.failed),
     }
     write_whole(folder / "study.json", json.dumps(report, indent=1))
@@ -84,7 +89,7 @@ def results(done: Sequence[Planned], trials: Sequence[str], shared: str) -> Valu
     rows: dict[str, dict[int, Mapping[str, float]]] = {"random": {}, "best constant": {}}
     rows |= {f"after {shared}": {}} if shared else {}
     for p in done:
-        summary = json.loads((p.job.folder / "summary.json").read_text(encoding="utf-8"))
+        summary = json.loads((p.job.folder / SUMMARY).read_text(encoding="utf-8"))
         rows.setdefault(f"after {shared}" if p.trial == shared else p.trial, {})[p.seed] = final(p.job.folder)
         for label in ("random", "best constant"):
             if label.replace(" ", "_") in summary:
@@ -94,26 +99,10 @@ def results(done: Sequence[Planned], trials: Sequence[str], shared: str) -> Valu
 
 
 def paired_with(values: Values, name: str, baseline: str, columns: Sequence[str]) -> dict[str, dict[int, float]]:
-    """Per metric and seed, how far a trial is above the baseline."""
+    """metric -> seed -> how far a trial is above the baseline, for the seeds that both have."""
     mine, theirs = values.get(name, {}), values.get(baseline, {})
-    by_metric = {c: differences(_column(mine, c), _column(theirs, c)) for c in columns}
+    by_metric = {c: differences(column_of(mine, c), column_of(theirs, c)) for c in columns}
     return {c: by_seed for c, by_seed in by_metric.items() if by_seed}
-
-
-def table(rows: Mapping[str, Mapping[str, Spread | None]], columns: Sequence[str], *, signed: bool = False) -> str:
-    """A line per row: how many seeds, then mean and interval per metric, the interval from three seeds on.
-
-    Signed rows show its bounds.
-    """
-    columns = [c for c in columns if any(by.get(c) for by in rows.values())]
-    cells = {name: [_cell(by.get(c), signed) for c in columns] for name, by in rows.items()}
-    wide = max([14, *(len(cell) + 3 for row in cells.values() for cell in row)])
-    first = max([14, *map(len, rows)])
-    lines = [f"{'':<{first}}  seeds" + "".join(f"{c:>{wide}}" for c in columns)]
-    for name, row in cells.items():
-        num = max((s.num for s in rows[name].values() if s), default=0)
-        lines.append(f"{name:<{first}}{num:>7}" + "".join(f"{cell:>{wide}}" for cell in row))
-    return "\n".join(lines)
 
 
 def curve_of(planned: Planned, done: Sequence[Planned], shared: str, metric: str) -> Curve:
@@ -123,34 +112,3 @@ def curve_of(planned: Planned, done: Sequence[Planned], shared: str, metric: str
         if p.seed == planned.seed and p.trial == shared and (before := validated(p.job.folder, metric)):
             points = [(0, before[-1][1])]
     return [*points, *validated(planned.job.folder, metric)]
-
-
-def _column(by_seed: Mapping[int, Mapping[str, float]], column: str) -> dict[int, float]:
-    return {seed: metrics[column] for seed, metrics in by_seed.items() if column in metrics}
-
-
-def spread_of(by_seed: Mapping[int, Mapping[str, float]], column: str) -> Spread | None:
-    """Mean and interval of a metric over the seeds that have it; None where none has."""
-    return _spread(_column(by_seed, column).values())
-
-
-def _spread(values: Any) -> Spread | None:
-    return spread(list(values)) if values else None
-
-
-def _cell(seen: Spread | None, signed: bool) -> str:
-    if seen is None:
-        return "-"
-    if seen.num < ENOUGH:
-        return f"{seen.mean:+.3f} sign only" if signed else f"{seen.mean:.3f}"
-    return f"{seen.mean:+.3f} [{seen.low:+.3f}, {seen.high:+.3f}]" if signed else f"{seen.mean:.3f} ± {seen.half:.3f}"
-
-
-def described(by_seed: Mapping[int, Mapping[str, float]], columns: Sequence[str]) -> dict[str, Any]:
-    """A row of the table with every value behind it, for a report's JSON."""
-    found = {c: s for c in columns if (s := spread_of(by_seed, c))}
-    return {"seeds": {str(k): dict(v) for k, v in by_seed.items()}, **{c: asdict(s) for c, s in found.items()}}
-
-
-def _paired_described(by_metric: Mapping[str, Mapping[int, float]]) -> dict[str, Any]:
-    return {c: {"seeds": {str(k): v for k, v in d.items()}, **asdict(spread(list(d.values())))} for c, d in by_metric.items()}

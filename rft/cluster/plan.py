@@ -14,9 +14,8 @@ from typing import Any
 import yaml
 
 from rft.cluster.metrics import VALIDATION
-from rft.cluster.rules import TRIALS
 from rft.cluster.space import Setting, Space, names, settings
-from rft.cluster.trials import Sweep, Swept, Trial, described, open_sweep
+from rft.cluster.trials import TRIALS, Sweep, Swept, Trial, contents, open_sweep
 from rft.errors import RecipeError
 from rft.files import write_whole
 from rft.plugins import find_file
@@ -77,7 +76,7 @@ def with_trial(swept: Swept, setting: Setting, number: int) -> Swept:
     base = yaml.safe_load((swept.folder / "recipe.yaml").read_text(encoding="utf-8"))["name"]
     write_whole(trial.file, _dumped(frozen(recipe, base, trial, swept.folder)))
     swept = replace(swept, trials=(*swept.trials, trial))
-    write_whole(swept.folder / TRIALS, json.dumps(described(swept), indent=1))
+    write_whole(swept.folder / TRIALS, json.dumps(contents(swept), indent=1))
     return swept
 
 
@@ -180,7 +179,7 @@ def _check_folder(swept: Swept, base: Recipe, recipes: Mapping[str, Recipe]) -> 
     if not (folder / TRIALS).is_file():
         raise RecipeError(str(folder), "holds something that is no sweep", "choose another --output, or move it away")
     theirs = json.loads((folder / TRIALS).read_text(encoding="utf-8"))
-    mine = json.loads(json.dumps(described(swept)))
+    mine = json.loads(json.dumps(contents(swept)))
     if swept.sweep.search:
         mine["trials"] = theirs["trials"]
     where = differing(mine, theirs)
@@ -200,7 +199,7 @@ def _write(swept: Swept, base: Recipe, recipes: Mapping[str, Recipe]) -> None:
     """The folder appears as a whole, or not at all."""
     folder = swept.folder
     stage = folder.with_name(f".{folder.name}.{os.getpid()}")
-    values = json.loads(json.dumps(described(swept)))
+    values = json.loads(json.dumps(contents(swept)))
     try:
         (stage / "trials").mkdir(parents=True)
         write_whole(stage / "recipe.yaml", _dumped(base))

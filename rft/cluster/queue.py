@@ -55,13 +55,21 @@ def ask(*words: str, stdin: str | None = None) -> subprocess.CompletedProcess[st
     return done
 
 
+def send(*words: str) -> tuple[str, str]:
+    """Run sbatch. Returns (id of the new job, ""), or ("", what Slurm says against it). Raises what `ask` raises."""
+    done = ask("sbatch", "--parsable", *words)
+    if done.returncode:
+        return "", done.stderr.strip() or f"sbatch: exit code {done.returncode}"
+    return done.stdout.strip().partition(";")[0], ""
+
+
 def queued(ids: Sequence[str]) -> dict[str, Job]:
     """Those of the jobs that wait, run, or are being ended, by id (ARRAY_INDEX for an element of an array)."""
     if not ids:
         return {}
     done = ask("squeue", "-h", "-a", "-r", "-j", ",".join(ids), "-o", "%i|%A|%T|%r|%N|%e")
     if done.returncode and UNKNOWN not in done.stderr:
-        raise ClusterError("squeue", done.stderr.strip(), "see whether squeue works by hand")
+        raise ClusterError("squeue", done.stderr.strip(), "try squeue by hand, or ask the site's administrators")
     found = {}
     for line in done.stdout.splitlines():
         name, number, state, reason, nodes, end = line.split("|")

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from rft.cluster.metrics import VALIDATION, final, validated
-from rft.cluster.outcome import COLUMNS, described, spread_of, table
 from rft.cluster.paired import Spread
 from rft.cluster.space import label, plain, short_keys
+from rft.cluster.table import COLUMNS, BySeed, row_json, spread_of, table
 from rft.cluster.trials import Swept, Trial, standing
 from rft.errors import RecipeError
 from rft.files import write_whole
@@ -26,7 +26,7 @@ class Row:
 
     setting: str
     trials: tuple[Trial, ...]
-    by_seed: Mapping[int, Mapping[str, float]]
+    by_seed: BySeed
 
     @property
     def is_whole(self) -> bool:
@@ -46,9 +46,8 @@ def status(swept: Swept) -> str:
         seen = f"{points[-1][1]:.3f} at step {points[-1][0]}" if points else ""
         note = f"step {state.get('step', 0)} of {state.get('phase', '')}" if word == "running" else why.partition("\n")[0]
         lines.append(f"{trial.name:<{wide}}  {word:<9}  {seen:<20}  {note}".rstrip())
-    wanted = swept.sweep.search.trials if swept.sweep.search else len(swept.trials)
     told = ", ".join(f"{number} {word}" for word, number in counts.items()) or "none yet"
-    return "\n".join([*lines, f"{len(swept.trials)} of {wanted} trials: {told}"])
+    return "\n".join([*lines, f"{len(swept.trials)} of {swept.num_wanted} trials: {told}"])
 
 
 def ranked(swept: Swept) -> list[Row]:
@@ -58,12 +57,12 @@ def ranked(swept: Swept) -> list[Row]:
         RecipeError: trials have finished, and none of them has the metric.
     """
     rows = _rows(swept)
-    metric, sign = swept.sweep.metric, -1 if swept.sweep.goal == "max" else 1
+    metric, sign = swept.sweep.metric, -1 if swept.sweep.goal == "min" else 1  # times which more is better
     with_metric = [row for row in rows if spread_of(row.by_seed, metric)]
     if rows and not with_metric:
         known = {name for row in rows for metrics in row.by_seed.values() for name in metrics}
         raise RecipeError("sweep.metric", f"no finished trial has {metric!r}", nearest(metric, known))
-    return sorted(with_metric, key=lambda row: (not row.is_whole, sign * spread_of(row.by_seed, metric).mean))
+    return sorted(with_metric, key=lambda row: (not row.is_whole, -sign * spread_of(row.by_seed, metric).mean))
 
 
 def best(swept: Swept) -> str:
@@ -76,7 +75,7 @@ def best(swept: Swept) -> str:
     seen = spread_of(row.by_seed, metric)
     lacks = "" if row.is_whole else f" ({len(row.by_seed)} of {len(row.trials)} seeds so far)"
     of = f"best of {len(rows)} settings{lacks}"
-    return f"{row.setting}: {metric} {_words(seen)}, {of}\n{values}\n  recipe: {row.trials[0].file}"
+    return f"{row.setting}: {metric} {_in_words(seen)}, {of}\n{values}\n  recipe: {row.trials[0].file}"
 
 
 def report(swept: Swept) -> str:
@@ -133,7 +132,7 @@ def _json(swept: Swept, rows: list[Row], columns: list[str], standings: Mapping[
             row.setting: {
                 "values": {k: plain(v) for k, v in row.trials[0].values.items()},
                 "is_whole": row.is_whole,
-                **described(row.by_seed, columns),
+                **row_json(row.by_seed, columns),
             }
             for row in rows
         },
@@ -164,5 +163,5 @@ def _draw(swept: Swept, rows: list[Row]) -> None:
         draw_values(columns, [scores for _, scores in points], swept.folder / "values.png", metric=metric)
 
 
-def _words(seen: Spread) -> str:
+def _in_words(seen: Spread) -> str:
     return f"{seen.mean:.3f}" if seen.half is None else f"{seen.mean:.3f} ± {seen.half:.3f} over {seen.num} seeds"

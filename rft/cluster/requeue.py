@@ -29,14 +29,13 @@ def come_back(submission: Submission, index: int, here: Here, avoid: Sequence[st
     if not refused:
         stay_away(here, avoid)
         return True
-    words = ["sbatch", "--parsable", f"--dependency=afterany:{here.name}"]
+    words = [f"--dependency=afterany:{here.name}"]
     words += [f"--array={index}"] if len(submission.runs) > 1 else []
     words += [f"--exclude={','.join(avoid)}"] if avoid else []
-    done = queue.ask(*words, str(submission.folder / SCRIPT))
-    if done.returncode:
-        raise ClusterError(f"job {here.name}", f"{refused}; {done.stderr.strip()}", "rft slurm resume goes on")
-    job = done.stdout.strip().partition(";")[0]
-    name = f"{job}_{index}" if len(submission.runs) > 1 else job
+    job, why = queue.send(*words, str(submission.folder / SCRIPT))
+    if why:
+        raise ClusterError(f"job {here.name}", f"{refused}; {why}", "rft slurm resume goes on")
+    name = submission.job_of(index, job)
     Place(job=name, submission=str(submission.folder), index=index).write(submission.runs[index])
     print(f"supervise: not put back into the queue ({refused}); job {name} goes on after this one", flush=True)
     return False

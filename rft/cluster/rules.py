@@ -2,30 +2,20 @@
 
     rules: {nan: true, no_signal: 50, median: {after: 100}}
 
-`look` judges a trial from its folder while it runs. Who is stopped has `pruned.json`, which says why, and a `stop` file, by
-which the trainer saves and ends. Nothing here imports more than the standard library and the run's folder needs.
+`verdict` judges a trial by its numbers and those of the others; `rft.cluster.prune` looks at the folders.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 from statistics import median
-from typing import Any
 
-from rft.cluster.metrics import VALIDATION, Curve, Rows, curve, read_rows, validated
+from rft.cluster.metrics import Curve, Rows, curve, on_validation
 from rft.errors import RecipeError
-from rft.files import write_whole
-from rft.run.state import STOP, read_state
-from rft.strict import build
 
-PRUNED, TRIALS = "pruned.json", "trials.json"
 JUDGED = ("loss", "grad_norm", "reward")  # numbers that are always some
-NOT_FINITE = "is not finite"  # how a run says that it stopped at such a number by itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,51 +53,8 @@ def verdict(trial: Rows, others: Sequence[Curve], rules: Rules, *, metric: str =
         if len(muted) == rules.no_signal and min(muted) >= 1.0:
             return f"no_signal: every group of the last {rules.no_signal} steps was muted"
     if rules.median:
-        return _behind(
-            trial, others, rules.median, f"{VALIDATION}{metric.removeprefix(VALIDATION)}", -1 if goal == "min" else 1
-        )
+        return _behind(trial, others, rules.median, on_validation(metric), -1 if goal == "min" else 1)
     return None
-
-
-def look(run: Path) -> str:
-    """Judge the trial in `run` by the rules of its sweep. Returns why it was stopped just now, "" where it was not."""
-    described = run.parents[1] / TRIALS
-    if not described.is_file():
-        return ""  # a run of its own
-    sweep = json.loads(described.read_text(encoding="utf-8"))
-    rules = build(Rules, sweep["sweep"]["rules"])
-    if rules == Rules() or pruned(run):
-        return ""
-    state = read_state(run)
-    if state.get("status") == "finished":
-        return ""
-    rows = read_rows(run)
-    metric, others = sweep["sweep"]["metric"], []
-    if rules.median:
-        setting = {t["name"]: t["setting"] for t in sweep["trials"]}
-        names = [name for name, own in setting.items() if own != setting.get(run.name)]  # seeds are not compared
-        others = [_validated(run.with_name(name), metric) for name in names]
-    why = verdict(rows, others, rules, metric=metric, goal=sweep["sweep"]["goal"]) or ""
-    if not why and rules.nan and state.get("status") == "failed" and NOT_FINITE in state.get("reason", ""):
-        why = f"nan: {state['reason']}"
-    if why:
-        prune(run, why)
-    return why
-
-
-def prune(run: Path, why: str) -> None:
-    """Ask the trial to stop for good."""
-    write_whole(run / PRUNED, json.dumps({"reason": why}))
-    write_whole(run / STOP, f"pruned: {why}\n")
-
-
-def pruned(run: Path) -> str:
-    """Why a rule has stopped this run; "" where none has."""
-    try:
-        found: dict[str, Any] = json.loads((run / PRUNED).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return ""
-    return str(found["reason"])
 
 
 def _nan(rows: Rows) -> str:
@@ -131,14 +78,3 @@ def _behind(trial: Rows, others: Sequence[Curve], rule: Median, key: str, sign: 
     if best >= middle:
         return None
     return f"median: {sign * best:.3f} at step {step}, the median of {len(there)} others is {sign * middle:.3f}"
-
-
-def _validated(run: Path, metric: str) -> Curve:
-    """Read again only where there is more to read."""
-    path = run / "metrics.jsonl"
-    return _validated_once(run, metric, path.stat().st_mtime_ns) if path.is_file() else ()
-
-
-@lru_cache(maxsize=4096)
-def _validated_once(run: Path, metric: str, changed: int) -> Curve:
-    return tuple(validated(run, metric))

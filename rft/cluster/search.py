@@ -18,8 +18,8 @@ from typing import Any
 from rft.cluster.metrics import final, validated
 from rft.cluster.plan import with_trial
 from rft.cluster.space import Setting
-from rft.cluster.sweep import Job
-from rft.cluster.trials import DONE, Swept, Trial, standing
+from rft.cluster.sweep import Job, print_now
+from rft.cluster.trials import DONE, Swept, standing
 from rft.errors import RecipeError
 
 JOURNAL = "search.journal"
@@ -31,7 +31,7 @@ FAR = 10**6  # between the seeds of two samplers
 class Proposals:
     """A sweep's search, opened where it was left. Raises RecipeError without Optuna."""
 
-    def __init__(self, swept: Swept, say: Callable[[str], None] = print) -> None:
+    def __init__(self, swept: Swept, say: Callable[[str], None] = print_now) -> None:
         self._optuna = _optuna()
         self.swept, self._say = swept, say
         backend = self._optuna.storages.journal.JournalFileBackend(str(swept.folder / JOURNAL))
@@ -76,10 +76,11 @@ class Proposals:
             self._told.add(trial.number)
             if self._study.get_trials(deepcopy=False)[trial.number].state.is_finished():
                 continue
+            metric = self.swept.sweep.metric
             if status == "finished":
-                value = value_of(self.swept, trial)
+                value = final(trial.folder, metric).get(metric)
             else:
-                points = validated(trial.folder, self.swept.sweep.metric)
+                points = validated(trial.folder, metric)
                 value = points[-1][1] if points else None
             if value is None or not math.isfinite(value):
                 self._study.tell(trial.number, state=self._optuna.trial.TrialState.FAIL)
@@ -111,11 +112,6 @@ class Proposals:
         for key, draw in space.draws.items():
             found[key] = draw.choice[params[key]] if draw.choice is not None else params[key]
         return {key: found[key] for key in space.keys}
-
-
-def value_of(swept: Swept, trial: Trial) -> float | None:
-    """What a finished trial is worth; None where its summary does not have the metric."""
-    return final(trial.folder, swept.sweep.metric).get(swept.sweep.metric)
 
 
 def _distributions(optuna: Any, swept: Swept) -> dict[str, Any]:

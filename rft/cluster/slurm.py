@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from rft.cluster.submission import PLACE, SCRIPT, SLURM, Place, Request, Submiss
 from rft.errors import ClusterError
 from rft.plugins import find_file
 from rft.run.lock import holder_of
-from rft.run.state import STATE, read_state, write_state
+from rft.run.state import STATE, STOP, read_state, write_state
 
 TEMPLATE = "launch/slurm/job.sbatch"
 TIME = r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}"
@@ -55,29 +56,28 @@ def submit(
     check(request, array=size)
     for run in runs:
         refuse_taken(run)
-    place = new_folder(folder.absolute())
+    submission = Submission(folder=new_folder(folder.absolute()), runs=tuple(runs), request=request)
     before = [(run, read_state(run), Place.of(run)) for run in runs]
     job = ""
     try:
-        text = script(request, place, name=name, array=size)
-        (place / SCRIPT).write_text(text, encoding="utf-8")
-        Submission(folder=place, runs=tuple(runs), request=request).write()
+        text = script(request, submission.folder, name=name, array=size)
+        (submission.folder / SCRIPT).write_text(text, encoding="utf-8")
+        submission.write()
         for index, (run, state, _) in enumerate(before):  # before there is a job, so that no trainer writes at the same time
-            Place(submission=str(place), index=index).write(run)
+            Place(submission=str(submission.folder), index=index).write(run)
             write_state(run, **{**state, "status": "submitted", "reason": ""})
-        done = queue.ask("sbatch", "--parsable", str(place / SCRIPT))
-        if done.returncode:
-            raise refusal(done.stderr, request)
-        job = done.stdout.strip().partition(";")[0]
+        job, refused = queue.send(str(submission.folder / SCRIPT))
+        if refused:
+            raise refusal(refused, request)
     finally:
         if not job:
-            shutil.rmtree(place)
+            shutil.rmtree(submission.folder)
             for run, state, old in before:
                 _put_back(run, state, old)
     for index, run in enumerate(runs):
         now = Place.of(run)
         if now is None or not now.job:  # otherwise its supervisor has been here
-            Place(job=f"{job}_{index}" if size else job, submission=str(place), index=index).write(run)
+            Place(job=submission.job_of(index, job), submission=str(submission.folder), index=index).write(run)
     return job
 
 
@@ -105,10 +105,10 @@ def check(request: Request, *, array: str = "") -> None:
         raise refusal(done.stderr, request)
 
 
-def script(request: Request, place: Path, *, name: str, array: str = "") -> str:
-    """The batch script of a submission in `place`. Raises ClusterError for a request that makes no sense."""
+def script(request: Request, folder: Path, *, name: str, array: str = "") -> str:
+    """The batch script of a submission in `folder`. Raises ClusterError for a request that makes no sense."""
     check_request(request)
-    outputs = str(place).replace("%", "%%")
+    outputs = str(folder).replace("%", "%%")
     options = {
         "job-name": name, "nodes": str(request.nodes), "ntasks-per-node": "1",
         "gpus-per-node": str(request.gpus_per_node or ""), "cpus-per-task": str(request.cpus_per_task or ""),
@@ -124,7 +124,7 @@ def script(request: Request, place: Path, *, name: str, array: str = "") -> str:
         ("@options@", "\n".join(lines)),
         ("@setup@", "\n".join(request.setup)),
         # exec: the warning is sent to the batch shell alone, and has to find the supervisor in its place
-        ("@supervise@", f"exec {shlex.quote(sys.executable)} -m rft.cluster.supervise {shlex.quote(str(place))}"),
+        ("@supervise@", f"exec {shlex.quote(sys.executable)} -m rft.cluster.supervise {shlex.quote(str(folder))}"),
     ):
         if text.count(mark) != 1:
             raise ClusterError(str(path), f"needs {mark} once, and has it {text.count(mark)} times", f"see {TEMPLATE}")
@@ -183,18 +183,18 @@ def cancel(run: Path) -> str:
     """
     place, state = Place.of(run), read_state(run)
     if place is None:
-        raise ClusterError(str(run), "was not submitted to Slurm", f"to stop it at its next step: touch {run / 'stop'}")
+        raise ClusterError(str(run), "was not submitted to Slurm", f"to stop it at its next step: touch {run / STOP}")
     if state.get("status") == "finished":
         raise ClusterError(str(run), "is finished", "there is nothing to cancel")
-    marked = Place(job=place.job, submission=place.submission, index=place.index, cancelled=True)
     jobs = queue.queued([place.job]) if place.job else {}
-    marked.write(run)  # its supervisor then does not put it back into the queue
+    replace(place, cancelled=True).write(run)  # its supervisor then does not put it back into the queue
     if jobs:
         queue.ask("scancel", place.job)
         until = time.monotonic() + GONE_WITHIN
         while queue.queued([place.job]):
             if time.monotonic() > until:
-                raise ClusterError(f"job {place.job}", f"is still there after {GONE_WITHIN:.0f} s", "ask squeue about it")
+                what = f"is still there after {GONE_WITHIN:.0f} s"
+                raise ClusterError(f"job {place.job}", what, f"see what holds it: squeue -j {place.job}")
             time.sleep(0.5)
     state = read_state(run)
     if state.get("status") == "finished":
@@ -203,28 +203,30 @@ def cancel(run: Path) -> str:
     return place.job if jobs else ""
 
 
-def resume(run: Path, *, dry_run: bool = False) -> str:
-    """Submit an unfinished run again, as it was submitted; returns the new job's id. Raises what `submit` raises."""
+def resume(run: Path, *, allow_drift: bool = False, dry_run: bool = False) -> str:
+    """Submit an unfinished run again, as it was submitted; returns the new job's id. Raises what `submit` raises.
+
+    With `allow_drift` its trainer goes on although recipe, data or rewards have changed.
+    """
     place = Place.of(run)
     if place is None:
         raise ClusterError(str(run), "was not submitted to Slurm", "use `rft slurm submit RECIPE --output RUN`")
     request = Submission.read(Path(place.submission)).request
-    return submit([run], request, folder=run, dry_run=dry_run)
+    return submit([run], replace(request, allow_drift=allow_drift), folder=run, dry_run=dry_run)
 
 
 def refusal(said: str, request: Request) -> ClusterError:
     """What Slurm has against a job, with what it has to offer."""
     lines = [re.sub(r"^(sbatch: )?(error|fatal|allocation failure): ", "", line) for line in said.strip().splitlines()]
     what = "; ".join(dict.fromkeys(line.removeprefix("Batch job submission failed: ") for line in lines)) or "refused"
-    do = "ask for something else"
     if "partition" in said:
         known = sorted(set(_offers("%R")))
         return ClusterError("--partition", f"{request.partition!r}: {what}", f"partitions here: {', '.join(known)}")
     if "node configuration" in said or "Node count" in said or "More processors" in said:
         asked = f"{request.nodes} nodes, {request.gpus_per_node} GPUs and {request.cpus_per_task or 1} CPUs on each"
-        offers = "; ".join(f"{line}" for line in _offers("%R: %D nodes with %c CPUs, %m MB, %G"))
+        offers = "; ".join(_offers("%R: %D nodes with %c CPUs, %m MB, %G"))
         return ClusterError("sbatch", f"{what} ({asked})", f"there is {offers}")
-    return ClusterError("sbatch", what, do)
+    return ClusterError("sbatch", what, "ask for something else, or show this to the site's administrators")
 
 
 def seconds_of(limit: str) -> int:
@@ -247,6 +249,3 @@ def _offers(form: str) -> list[str]:
 def _quoted(value: str) -> str:
     """As sbatch reads it in a script."""
     return value if re.fullmatch(r"[\w./:@%+,=-]+", value) else '"' + value.replace('"', '\\"') + '"'
-
-
-__all__ = ["Request", "cancel", "check", "resume", "submit"]

@@ -11,7 +11,7 @@ from rft.cluster import queue
 from rft.cluster.submission import Place, read_json
 from rft.errors import ClusterError, RftError
 from rft.run.lock import HEARTBEAT, STILL
-from rft.run.state import ATTEMPTS, read_state
+from rft.run.state import ATTEMPTS, next_attempt, read_state
 
 QUIET = 600.0  # seconds without a step after which a run that lives is worth a word
 HEADS = ("run", "state", "slurm", "phase", "step", "attempt", "last sign")
@@ -35,7 +35,7 @@ def lines(runs: Sequence[Path], *, strict: bool) -> Iterator[str]:
         job = jobs.get(place.job) if place else None
         pulse = read_json(run / HEARTBEAT)
         in_slurm = f"{job.id} {job.state.lower()}" if job else "?" if place and silent else "-"
-        attempt = state.get("attempt") or len(list((run / ATTEMPTS).glob("*")))
+        attempt = state.get("attempt") or next_attempt(run, {}) - 1
         cells = (state.get("status"), in_slurm, state.get("phase"), state.get("step"), attempt, _ago(pulse.get("alive")))
         rows.append((run.name, *("-" if cell in (None, "") else str(cell) for cell in cells)))
         words += [f"{run.name}: {word}" for word in _words(run, state, job, pulse, None if silent else place)]
@@ -93,8 +93,8 @@ def log_files(run: Path, *, rank: int | None, attempt: int | None, strict: bool)
     With `strict`, none at all raises ClusterError.
     """
     place = Place.of(run)
-    numbers = [int(p.name) for p in (run / ATTEMPTS).glob("*") if p.name.isdigit()]
-    folder = run / ATTEMPTS / str(attempt if attempt is not None else max(numbers, default=0))
+    last = next_attempt(run, {}) - 1
+    folder = run / ATTEMPTS / str(last if attempt is None else attempt)
     names = [folder / f"rank-{rank or 0}.log"]
     if rank is None:
         batch = [place.log] if place and attempt is None else []
@@ -102,6 +102,6 @@ def log_files(run: Path, *, rank: int | None, attempt: int | None, strict: bool)
     found = [path for path in names if path.is_file()]
     if strict and not found:
         there = sorted(p.name for p in folder.glob("*.log"))
-        what = f"no such log in {folder}" if numbers else "no attempt has begun"
+        what = f"no such log in {folder}" if last else "no attempt has begun"
         raise ClusterError(str(run), what, f"there are {', '.join(there)}" if there else f"rft slurm status {run}")
     return found

@@ -111,7 +111,7 @@ def run_study(name: str, *, seeds: Sequence[int] = (), smoke: bool = False, outp
     settle(planned)
     slots = cores()
     print(f"{path.stem}: {len(planned)} runs, {min(slots, len(planned))} at once, in {folder}", flush=True)
-    ended = sweep([p.job for p in planned], slots=slots, say=_say)
+    ended = sweep([p.job for p in planned], slots=slots)
     return conclude(
         planned,
         ended,
@@ -204,7 +204,3 @@ def _planned(name: str, seed: int, recipe: Recipe, folder: Path, after: str = ""
 
 def _job_name(seed: int, name: str) -> str:
     return f"seed {seed}: {name}"
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 from rft.errors import ClusterError
 from rft.files import write_whole
+from rft.strict import build
 
 SLURM, SUBMISSION, SCRIPT, PLACE = "slurm", "submission.json", "job.sbatch", "job.json"
 
@@ -61,13 +62,16 @@ class Submission:
         values = read_json(folder / SUBMISSION)
         if "runs" not in values:
             raise ClusterError(str(folder), "holds no submission", "name the folder that `rft slurm submit` wrote")
-        request = {k: tuple(v) if isinstance(v, list) else v for k, v in values["request"].items()}
-        return cls(folder=folder, runs=tuple(map(Path, values["runs"])), request=Request(**request))
+        return cls(folder=folder, runs=tuple(map(Path, values["runs"])), request=build(Request, values["request"]))
 
     def write(self) -> None:
         """Into its folder."""
         values = {"runs": [str(run) for run in self.runs], "request": asdict(self.request)}
         write_whole(self.folder / SUBMISSION, json.dumps(values, indent=1))
+
+    def job_of(self, index: int, job: str) -> str:
+        """What squeue calls the job of a run: `job`, the id that sbatch gave, or ARRAY_INDEX."""
+        return f"{job}_{index}" if len(self.runs) > 1 else job
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

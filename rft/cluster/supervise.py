@@ -25,9 +25,10 @@ from rft.cluster import queue
 from rft.cluster.attempts import FRUITLESS, Attempt, attempts_of, fruitless, mark_of, unlucky_nodes
 from rft.cluster.job import Asked, Here, free_port
 from rft.cluster.launch import command, quoted
+from rft.cluster.prune import look
 from rft.cluster.requeue import come_back, spared, stay_away, wait_for_the_end
-from rft.cluster.rules import look, pruned
 from rft.cluster.submission import Place, Submission, read_json
+from rft.cluster.trials import pruned
 from rft.errors import RftError
 from rft.run.lock import HEARTBEAT, holder_of
 from rft.run.state import STATE, STOP, attempt_folder, next_attempt, read_state, write_state

@@ -1,4 +1,4 @@
-"""Runs side by side on one machine: a thread each, as many at once as there are cores, resumed where they were cut.
+"""Runs side by side on one machine, by default on a core each; the same call goes on where one was cut.
 
 A run is a subprocess with a folder of its own; its `state.json` says whether it finished. Nothing else is remembered.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rft.cluster.launch import command
 from rft.run.state import status
 
 TAIL = 12  # lines of a failed run's log that are shown
@@ -61,7 +61,7 @@ class Ended:
 
 def command_of(recipe: Path, folder: Path) -> tuple[str, ...]:
     """The command that trains a recipe into a folder."""
-    return (sys.executable, "-m", "rft.train", str(recipe), "--output", str(folder))
+    return tuple(command(str(recipe), arguments=["--output", str(folder)]))
 
 
 def cores() -> int:
@@ -75,23 +75,28 @@ def environment(device: str = "", threads: int = 1) -> dict[str, str]:
     return {**os.environ, **dict.fromkeys(names, str(threads)), "CUDA_VISIBLE_DEVICES": device}
 
 
-def nobody() -> None:
+def no_more() -> None:
     """What `more` says where every job is known beforehand."""
 
 
 def no_rules(folder: Path) -> str:
-    """What `look` says where nobody is stopped early."""
+    """What `look` says where no job is stopped early."""
     return ""
+
+
+def print_now(text: str) -> None:
+    """Print, without waiting for more to print."""
+    print(text, flush=True)
 
 
 def sweep(
     jobs: Sequence[Job],
     *,
     slots: int,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = print_now,
     devices: Sequence[str] = ("",),
     look: Callable[[Path], str] = no_rules,
-    more: Callable[[], Job | None] = nobody,
+    more: Callable[[], Job | None] = no_more,
 ) -> Ended:
     """Run what has not finished yet, in order, `slots` at once. A failure is told and stops only what comes after it.
 

@@ -21,8 +21,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rft.cluster.rules import TRIALS, Rules, pruned
+from rft.cluster.rules import Rules
 from rft.cluster.space import Setting, Space, read_space
+from rft.cluster.submission import read_json
 from rft.cluster.sweep import Job, command_of
 from rft.errors import RecipeError
 from rft.layers import stack
@@ -30,6 +31,7 @@ from rft.run.lock import holder_of
 from rft.run.state import read_state
 from rft.strict import build
 
+TRIALS, PRUNED = "trials.json", "pruned.json"
 DONE = ("finished", "pruned")
 
 
@@ -120,6 +122,11 @@ class Swept:
     trials: tuple[Trial, ...]
 
     @property
+    def num_wanted(self) -> int:
+        """How many trials there will be: a search adds them one by one."""
+        return self.sweep.search.trials if self.sweep.search else len(self.trials)
+
+    @property
     def unfinished(self) -> list[Trial]:
         """Trials that have neither finished nor been stopped by a rule, in order."""
         return [t for t in self.trials if standing(t.folder)[0] not in DONE]
@@ -168,7 +175,12 @@ def standing(run: Path) -> tuple[str, str]:
     return status, "" if status == "finished" else why
 
 
-def described(swept: Swept) -> dict[str, Any]:
+def pruned(run: Path) -> str:
+    """Why a rule has stopped this run; "" where none has."""
+    return str(read_json(run / PRUNED).get("reason", ""))
+
+
+def contents(swept: Swept) -> dict[str, Any]:
     """What `trials.json` holds."""
     rows = [
         {"name": t.name, "setting": t.setting, "values": dict(t.values), "seed": t.seed, "number": t.number}

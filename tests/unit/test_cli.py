@@ -203,10 +203,12 @@ def test_export_refuses_an_output_that_is_not_empty(
 
 
 @pytest.mark.parametrize("status", ["finished", "failed", "running"])
-def test_the_folder_of_a_run_is_not_written_into(status: str, capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:
+def test_the_folder_of_a_run_that_shall_not_go_on_is_not_written_into(
+    status: str, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
     (elsewhere / "out").mkdir()
     (elsewhere / "out" / "state.json").write_text(json.dumps({"status": status}))
-    code, _, err = run(capsys, "train", QUICKSTART, *SMALL, "--output", "out")
+    code, _, err = run(capsys, "train", QUICKSTART, *SMALL, "--output", "out", "--resume", "never")
     assert code == 1
     assert f"this folder holds a {status} run" in err
     assert "choose another --output" in err

@@ -19,11 +19,12 @@ from rft import sweep_cli
 from rft.cluster.carry import run_here, visible_gpus
 from rft.cluster.metrics import curve, read_rows
 from rft.cluster.plan import plan
+from rft.cluster.prune import look
 from rft.cluster.report import best, ranked, report, status
-from rft.cluster.rules import Median, Rules, look, pruned, verdict
+from rft.cluster.rules import Median, Rules, verdict
 from rft.cluster.space import Draw, names, read_space, settings, short_keys
 from rft.cluster.sweep import Job, sweep
-from rft.cluster.trials import Swept, Trial, open_folder, open_sweep, standing
+from rft.cluster.trials import Swept, Trial, open_folder, open_sweep, pruned, standing
 from rft.errors import ClusterError, RecipeError
 from rft.recipe import load, resolved
 from rft.run.lock import Lock
@@ -362,7 +363,7 @@ def test_a_line_that_is_being_written_is_left_for_later(tmp_path: Path) -> None:
 
 def test_the_rules_need_no_torch() -> None:
     """Whoever watches over a job looks every few seconds, and begins in no time."""
-    program = "import sys, rft.cluster.rules; sys.exit('torch' in sys.modules)"
+    program = "import sys, rft.cluster.prune; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == 0
 
 
