@@ -10,8 +10,9 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,12 +77,18 @@ class Attempt:
         return self.splits[split][: self.loaded.recipe.evaluation.max_samples or None]
 
     def note(self, **values: Any) -> None:
-        """Write `state.json`: where the run is."""
-        if self.together.rank == 0:
+        """Write `state.json`: where the run is. One that another trainer took over is that one's to tell of."""
+        if self.together.rank == 0 and (self.lock is None or self.lock.is_mine):
             common = {"attempt": self.number, "world": self.together.size, "host": os.uname().nodename}
             drift = {"drift": self.drift} if self.drift else {}
             seconds = round(self.seconds, 1)
             state.write_state(self.folder, **values, seconds=seconds, **common, **drift)
+
+    @property
+    def at(self) -> dict[str, Any]:
+        """Phase and step of the last sign of progress: of this attempt, or of the one before."""
+        known = self.heartbeat.at if self.heartbeat and self.heartbeat.at["phase"] else state.read_state(self.folder)
+        return {"phase": known.get("phase", ""), "step": known.get("step", 0)}
 
     def say(self, text: str) -> None:
         """Print, on the first rank only."""
@@ -96,6 +103,7 @@ class Attempt:
     def sum_up(self, summary: Mapping[str, Any]) -> None:
         """Write `summary.json`."""
         if self.together.rank == 0:
+            self.check_lock()
             write_whole(self.folder / "summary.json", json.dumps(summary, indent=1))
 
     def check_lock(self) -> None:
@@ -141,15 +149,21 @@ def attempt_at(
     if isinstance(found, Exception):
         raise found
     folder, number, drift = found
-    together.watch(folder / "ranks", ended=lambda reason: state.write_state(folder, status="failed", reason=reason))
-    together.doing("opening the data")
     stops = Stops(folder, deadline=deadline(), generations=stop_after)
     heartbeat = Heartbeat(folder) if together.rank == 0 else None
     told = Trackers(folder, loaded.recipe.trackers if together.rank == 0 else ())
     prefetcher = None
+    failed = partial(state.write_state, folder, status="failed", attempt=number, world=together.size)
     try:
         with stops.listening():
-            opened = _opened(loaded, together, folder, number, stops, heartbeat, mine, told)
+            try:
+                together.watch(folder / "ranks", ended=lambda reason: failed(reason=reason))
+                together.doing("opening the data")
+                opened = _opened(loaded, together, folder, number, stops, heartbeat, mine, told)
+            except BaseException as error:
+                if together.rank == 0:
+                    failed(reason=f"{type(error).__name__}: {error}")
+                raise
             attempt = replace(opened, drift=drift, digests=digests)
             prefetcher = attempt.prefetcher
             yield attempt
@@ -177,22 +191,24 @@ def _claim(loaded: Loaded, output: str | None, resume: Resume, allow_drift: bool
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock = Lock.take(folder, job=os.environ.get("SLURM_JOB_ID", ""), restart=_restarts())
+            try:
+                return lock, (folder, *_settled(folder, recipe, mine, allow_drift))
+            except BaseException:
+                lock.free()
+                raise
         except ClusterError:
             if output:
                 raise
-            continue
         except OSError as error:
             raise RecipeError(str(folder), f"cannot be written: {error.strerror}", "choose another --output") from error
-        try:
-            return lock, (folder, *_settled(folder, recipe, mine, allow_drift))
-        except BaseException:
-            lock.free()
-            raise
     raise RecipeError(recipe.output, "no name is left for a folder", "give --output")
 
 
 def _places(recipe: Recipe, output: str | None, resume: Resume, mine: Mapping[str, Any]) -> Iterator[Path]:
-    """The folder asked for; or the default, numbered, where nothing is yet or an unfinished run of the same."""
+    """The folder asked for; or the default, numbered, where nothing is yet or an unfinished run of the same.
+
+    A run has begun when its identity is written: one that was cut soon after may have no state yet.
+    """
     if output:
         folder = Path(output).absolute()
         if resume == "never" and (status := state.status(folder)) not in state.UNBEGUN:
@@ -203,24 +219,28 @@ def _places(recipe: Recipe, output: str | None, resume: Resume, mine: Mapping[st
     for number in range(1, 10_000):
         folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
         status = state.status(folder)
-        is_open = status != "finished" and resume == "auto" and not identity.drift(folder, mine)
-        if status in state.UNBEGUN or (is_open and holder_of(folder) is None):
+        if status == "finished" or identity.drift(folder, mine):
+            continue
+        if status in state.UNBEGUN or (resume == "auto" and holder_of(folder) is None):
             yield folder
 
 
 def _settled(folder: Path, recipe: Recipe, mine: Mapping[str, Any], allow_drift: bool) -> tuple[int, str]:
     """Make the folder this run's; returns the number of the attempt and what drifted."""
-    if state.status(folder) == "finished":
+    drift, number = identity.drift(folder, mine), state.next_attempt(folder)
+    if state.status(folder) == "finished" and (allow_drift or not drift):
         raise Finished(str(folder))
-    drift = identity.settle(folder, mine, allow_drift=allow_drift)
+    if drift and allow_drift:
+        print(f"{folder}: {drift} is another than the run was begun with; going on, as --allow-drift says", flush=True)
+        aside = state.attempt_folder(folder, number)
+        for name in (identity.IDENTITY, "recipe.yaml"):  # the record of it, before anything forgets what was
+            if (file := folder / name).exists():
+                shutil.copyfile(file, aside / f"{file.stem}-before{file.suffix}")
+    identity.settle(folder, mine, allow_drift=allow_drift)
     if recipe.trackers:
         trackers.settle(folder, recipe.trackers)
-    number = state.next_attempt(folder)
-    file, aside = folder / "recipe.yaml", state.attempt_folder(folder, number)
-    if drift and file.exists():
-        shutil.copyfile(file, aside / "recipe-before.yaml")
-        print(f"{folder}: {drift} is another than the run was begun with; going on, as --allow-drift says", flush=True)
-    write_whole(file, yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True))
+    state.attempt_folder(folder, number)
+    write_whole(folder / "recipe.yaml", yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True))
     checkpoints.clear_leftovers(folder)
     (folder / state.STOP).unlink(missing_ok=True)  # what an earlier attempt was asked is done
     (folder / "rollouts").mkdir(exist_ok=True)
@@ -290,8 +310,8 @@ def _splits(loaded: Loaded, folder: Path) -> tuple[dict[str, list[Sample]], list
 def _spent(folder: Path) -> float:
     """Seconds that earlier attempts have worked, as far as the log tells."""
     path = folder / "metrics.jsonl"
-    last = path.read_text(encoding="utf-8", errors="replace").splitlines()[-1:] if path.exists() else []
-    try:
-        return float(json.loads(last[0])["seconds"]) if last else 0.0
-    except (ValueError, KeyError, TypeError):
-        return 0.0
+    told = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    for line in reversed(told):
+        with suppress(ValueError, KeyError, TypeError):  # the last one may be cut
+            return float(json.loads(line)["seconds"])
+    return 0.0

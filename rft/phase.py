@@ -27,7 +27,7 @@ from rft.hf.logprobs import Lens
 from rft.hf.memory import most_tokens, needs_checkpointing
 from rft.hf.models import LoadedModel, renderer_for, sharing_of, trainable_table
 from rft.hf.nonfinite import Guard
-from rft.hf.saving import Saver
+from rft.hf.saving import Saver, all_or_none
 from rft.hf.step import Stage
 from rft.hf.trainer import GroupTrainer
 from rft.hf.voice import Voice
@@ -38,6 +38,7 @@ from rft.rollout.render import Renderer
 from rft.run import checkpoints
 from rft.run.cadence import Cadence
 from rft.run.history import cut_back
+from rft.run.identity import fingerprint
 from rft.run.state import attempt_folder
 
 
@@ -250,6 +251,7 @@ def _record(this: PhaseRun, step: int) -> dict[str, Any]:
         "phase": this.name,
         "prompts": step // this.phase.updates * this.phase.groups_per_step,
         "world": this.attempt.together.size,
+        "identity": fingerprint(this.attempt.folder),
         "seconds": round(time.time() - this.attempt.started, 1),
         "quarantine": this.attempt.quarantine.kept(),
         "versions": {name: version(name) for name in ("torch", "transformers", "trl", "accelerate")},
@@ -266,8 +268,13 @@ def _go_on(this: PhaseRun) -> Path | None:
     first = run.together.rank == 0
     found = run.together.gather(checkpoints.last_good(run.folder, name, run.say) if first else None)[0]
     record = checkpoints.record_of(found) if found else {"step": 0, "world": run.together.size}
-    aside = attempt_folder(run.folder, run.number)
-    cut = cut_back(run.folder, list(this.recipe.phases), name, record["step"], aside) if first else 0
+    aside, names = attempt_folder(run.folder, run.number), list(this.recipe.phases)
+    cut = 0
+    if first:
+        if moved := checkpoints.cut_back(run.folder, names, name, record["step"], aside / checkpoints.CHECKPOINTS):
+            run.say(f"{', '.join(moved)}: later than what is gone on from, now in attempts/{run.number}/checkpoints")
+        cut = cut_back(run.folder, names, name, record["step"], aside)
+    run.note(status="running", phase=name, step=record["step"])
     run.together.wait()
     if found is None:
         return None
@@ -320,17 +327,14 @@ def _report(this: PhaseRun, found: Path, record: Mapping[str, Any], cut: int) ->
 def _leave(this: PhaseRun, trainer: GroupTrainer, target: Path) -> None:
     """Seal the trained model, with its processor, in `target`."""
     run = this.attempt
-    half = checkpoints.staging(run.folder, f"end-of-{this.name}")
+    half, step = checkpoints.staging(run.folder, f"end-of-{this.name}"), trainer.state.global_step
     run.together.doing("saving", meets=True)
-    trainer.save_model(str(half))
-    fault = ""
-    if run.together.rank == 0:
-        try:
+
+    def name_it() -> None:
+        if run.together.rank == 0:
             run.check_lock()
             this.policy.processor.save_pretrained(half)
-            checkpoints.seal(half, target, {**_record(this, trainer.state.global_step), "step": trainer.state.global_step})
-        except (OSError, ClusterError) as error:
-            fault = str(error)
-    if fault := run.together.gather(fault)[0]:
-        do = "make room or repair the disk, and start again: it goes on from the last checkpoint"
-        raise ClusterError(str(target), f"could not be saved: {fault}", do)
+            checkpoints.seal(half, target, {**_record(this, step), "step": step})
+            checkpoints.clear_leftovers(run.folder)
+
+    all_or_none(run.together, str(target), half, (lambda: trainer.save_model(str(half)), name_it), run.check_lock)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from rft.errors import DataError
@@ -13,6 +14,7 @@ class Quarantine:
 
     def __init__(self, path: Path | None, *, total: int, max_share: float) -> None:
         self._path, self._total, self._max_share = path, total, max_share
+        self._told = set(path.read_text(encoding="utf-8").splitlines()) if path and path.exists() else set()
         self.reasons: dict[str, DataError] = {}
         self._news: list[tuple[str, DataError]] = []
 
@@ -31,19 +33,13 @@ class Quarantine:
         if sample_id in self.reasons:
             return
         self._news.append((sample_id, reason))
-        if self._path:
-            line = {"sample": sample_id, "where": reason.where, "reason": reason.what, "do": reason.do}
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._tell({"sample": sample_id, "where": reason.where, "reason": reason.what, "do": reason.do})
         print(f"quarantined {len(self) + 1} of {self._total}, {sample_id}: {reason.where}: {reason.what}", flush=True)
         self._count(sample_id, reason)
 
     def refuse(self, sample_id: str, reason: DataError, phase: str) -> None:
         """Say that one phase leaves a sample out. Other phases may use it, and it is not counted."""
-        if self._path:
-            line = {"sample": sample_id, "phase": phase, "where": reason.where, "reason": reason.what, "do": reason.do}
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._tell({"sample": sample_id, "phase": phase, "where": reason.where, "reason": reason.what, "do": reason.do})
         print(f"phase {phase} leaves out {sample_id}: {reason.where}: {reason.what}", flush=True)
 
     def news(self) -> list[tuple[str, DataError]]:
@@ -66,6 +62,14 @@ class Quarantine:
         for sample_id, where, what, do in kept:
             if sample_id not in self.reasons:
                 self._count(sample_id, DataError(where, what, do))
+
+    def _tell(self, line: Mapping[str, str]) -> None:
+        """Append a line, unless an earlier attempt has."""
+        text = json.dumps(line, ensure_ascii=False)
+        if self._path and text not in self._told:
+            self._told.add(text)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(text + "\n")
 
     def _count(self, sample_id: str, reason: DataError) -> None:
         self.reasons[sample_id] = reason

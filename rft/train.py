@@ -15,9 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rft import train_cli
 from rft.attempt import Attempt, Finished, Resume, Stopped, attempt_at
-from rft.errors import RecipeError, RftError
+from rft.errors import DataError, RecipeError, RftError
 from rft.evaluation.baselines import best_constant, random_answer
 from rft.hf.models import LoadedModel, open_policy, renderer_for
 from rft.hf.tiny import make_tiny
@@ -28,7 +30,6 @@ from rft.report.curves import draw_curves
 from rft.report.table import table
 from rft.rollout.render import Renderer
 from rft.run import checkpoints
-from rft.run.state import read_state
 
 
 def train(
@@ -55,23 +56,23 @@ def train(
     except Finished as done:
         if together.rank == 0:
             print(f"{done}: this run has finished; there is nothing left to train", flush=True)
-        return json.loads(Path(str(done), "summary.json").read_text(encoding="utf-8"))
+        path = Path(str(done), "summary.json")
+        if not path.exists():
+            raise DataError(str(path), "is missing from a finished run", "restore it, or choose another --output") from None
+        return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _train(run: Attempt) -> dict[str, Any]:
     recipe = run.loaded.recipe
-    run.note(status="running", phase="", step=0)
+    run.note(status="running", **run.at)
     try:
         summary = _phases(run)
     except Stopped as asked:
-        at = read_state(run.folder)
-        run.note(status="stopped", reason=str(asked), phase=at.get("phase", ""), step=at.get("step", 0))
+        run.note(status="stopped", reason=str(asked), **run.at)
         run.say(f"\n{recipe.name}: stopped ({asked}); the same command goes on with it, in {run.folder}")
         return run.summary()
     except BaseException as error:
-        at = read_state(run.folder)
-        where = {"phase": at.get("phase", ""), "step": at.get("step", 0)}
-        run.note(status="failed", reason=f"{type(error).__name__}: {error}", **where)
+        run.note(status="failed", reason=f"{type(error).__name__}: {error}", **run.at)
         raise
     if run.together.rank == 0:
         levels = {
@@ -90,9 +91,7 @@ def _train(run: Attempt) -> dict[str, Any]:
         "rebuilt": run.frames.rebuilt,
         "decoders_replaced": run.prefetcher.restarts if run.prefetcher else 0,
     }
-    at = read_state(run.folder).get("step", 0)
-    done = {"phase": last, "step": at, "reason": "all phases done"}
-    run.note(status="finished", **done, quarantined=len(run.quarantine), frames=frames)
+    run.note(status="finished", **run.at, reason="all phases done", quarantined=len(run.quarantine), frames=frames)
     return summary
 
 
@@ -101,11 +100,14 @@ def _phases(run: Attempt) -> dict[str, Any]:
     model = _start(run)
     summary, start, names = run.summary(), model, list(recipe.phases)
     _refuse_adapter(start, recipe)
-    for number, name in enumerate(names):
-        is_last = number == len(names) - 1
-        target = run.folder / "checkpoint" if is_last else run.folder / "phases" / name
-        key = "final" if is_last else name
-        is_trained = together.gather(target.exists() and not checkpoints.fault(target) if together.rank == 0 else False)[0]
+    for name in names:
+        target = checkpoints.model_of(run.folder, names, name)
+        key = "final" if name == names[-1] else name
+        is_trained = together.gather(_is_trained(run, target, name) if together.rank == 0 else False)[0]
+        if is_trained:
+            record = checkpoints.record_of(target)
+            run.quarantine.restore(record["quarantine"])
+            run.note(status="running", phase=name, step=record["step"])
         if is_trained and key in summary:
             run.say(f"phase {name}: done by an earlier attempt")
             model = str(target)
@@ -114,6 +116,7 @@ def _phases(run: Attempt) -> dict[str, Any]:
         if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
             is_trained = False  # its engine starts with an optimizer only: the end of the phase is trained again
         together.doing("loading the model", meets=True)
+        torch.manual_seed(recipe.seed)  # adapters begin at random, the same in any attempt
         policy = open_policy(str(target) if is_trained else model, recipe, train=True)
         if not summary:
             summary = _before(run, policy, renderer_for(recipe, policy, recipe.phases[name]))
@@ -125,6 +128,15 @@ def _phases(run: Attempt) -> dict[str, Any]:
         del policy, this
         gc.collect()
     return summary
+
+
+def _is_trained(run: Attempt, target: Path, name: str) -> bool:
+    """Whether a phase has left its model, sound. What is there and is not gets a line, and is made again."""
+    if not target.exists():
+        return False
+    if why := checkpoints.fault(target) or checkpoints.is_of_another(target, name):
+        run.say(f"{target} cannot be used ({why}): phase {name} goes on from its last checkpoint")
+    return not why
 
 
 def _start(run: Attempt) -> str:

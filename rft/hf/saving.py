@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,8 @@ class Saver(TrainerCallback):
             self._heartbeat.step(self._phase, state.global_step)
         if state.global_step % self._updates:
             return
+        if self._together.rank == 0:
+            self._fence()  # two trainers would write one log
         self._generations += 1
         self._stops.took(step=time.monotonic() - self._began)
         self._stops.trained()
@@ -98,10 +101,12 @@ class Saver(TrainerCallback):
         began = time.monotonic()
         first = self._together.rank == 0
         self._together.doing("saving", meets=True)
-        if first:
-            shutil.rmtree(self.staging, ignore_errors=True)
-        self._together.wait()
         written = self.staging / f"checkpoint-{step}"
+
+        def empty() -> None:
+            if first:
+                self._fence()
+                shutil.rmtree(self.staging, ignore_errors=True)
 
         def all_of_it() -> None:
             write()
@@ -117,13 +122,7 @@ class Saver(TrainerCallback):
                 checkpoints.point_to(self._run, place)
                 checkpoints.prune(self._run, self._phase, keep_last=self._keep_last, keep_best=self._keep_best)
 
-        for part in (all_of_it, name_it):
-            faults = [fault for fault in self._together.gather(_tried(part)) if fault]
-            if faults:
-                if first:
-                    shutil.rmtree(self.staging, ignore_errors=True)
-                do = "make room or repair the disk, and start again: it goes on from the checkpoint before"
-                raise ClusterError(f"checkpoint {place.name}", f"could not be saved: {faults[0]}", do)
+        all_or_none(self._together, f"checkpoint {place.name}", self.staging, (empty, all_of_it, name_it), self._fence)
         if first:
             shutil.rmtree(self.staging, ignore_errors=True)
         self._saved_at, self._generations = time.monotonic(), 0
@@ -149,12 +148,28 @@ class Saver(TrainerCallback):
         return self._validate.metrics.get(self._best_by)
 
 
+def all_or_none(
+    together: Together, what: str, staging: Path, parts: Sequence[Callable[[], None]], fence: Callable[[], None]
+) -> None:
+    """Every rank does one part after the other, and hears before the next how it went for all.
+
+    Raises:
+        ClusterError: a part failed on any rank; nothing is left in `staging`, unless that is another trainer's by now.
+    """
+    for part in parts:
+        if faults := [fault for fault in together.gather(_tried(part)) if fault]:
+            if together.rank == 0:
+                with suppress(ClusterError):
+                    fence()
+                    shutil.rmtree(staging, ignore_errors=True)
+            do = "make room or repair the disk, and start again: it goes on from the last checkpoint"
+            raise ClusterError(what, f"could not be saved: {faults[0]}", do)
+
+
 def _tried(action: Callable[[], None]) -> str:
     """What went wrong, for the other ranks to hear: libraries raise all kinds of errors on a full disk."""
     try:
         action()
-    except RecipeError:
-        raise
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""

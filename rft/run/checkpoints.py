@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,11 @@ END = 8 * 2**20  # bytes at either end of a file that its checksum covers
 def name_of(phase: str, step: int) -> str:
     """Name of a phase's checkpoint after `step` optimizer steps."""
     return f"{phase}-{step:06d}"
+
+
+def model_of(run: Path, phases: Sequence[str], phase: str) -> Path:
+    """Where a phase leaves its model; `phases` are all names in order."""
+    return run / "checkpoint" if phase == list(phases)[-1] else run / "phases" / phase
 
 
 def staging(run: Path, name: str) -> Path:
@@ -48,8 +53,7 @@ def seal(written: Path, place: Path, record: Mapping[str, Any]) -> None:
     _sync(written / MANIFEST)
     _sync(written)
     place.parent.mkdir(parents=True, exist_ok=True)
-    if place.exists():
-        _discard(place)
+    _discard(place)
     os.replace(written, place)
     _sync(place.parent)
 
@@ -85,10 +89,16 @@ def record_of(folder: Path) -> dict[str, Any]:
     return record
 
 
+def is_of_another(folder: Path, phase: str) -> str:
+    """Which phase left this sound model, where that was not `phase`: a recipe that drifted may have another last one."""
+    left_by = record_of(folder).get("phase", phase)
+    return "" if left_by == phase else f"phase {left_by} left it"
+
+
 def of_phase(run: Path, phase: str) -> list[Path]:
     """Checkpoints of a phase, the oldest first. Nobody has looked whether they are sound."""
     found = [p for p in (run / CHECKPOINTS).glob(f"{phase}-*") if re.fullmatch(re.escape(phase) + r"-\d+", p.name)]
-    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+    return sorted(found, key=_step)
 
 
 def last_good(run: Path, phase: str, say: Callable[[str], None] = print) -> Path | None:
@@ -117,11 +127,28 @@ def prune(run: Path, phase: str, *, keep_last: int, keep_best: int) -> None:
             _discard(path)
 
 
+def cut_back(run: Path, phases: Sequence[str], phase: str, step: int, aside: Path) -> list[str]:
+    """Leave only what was saved up to `step` optimizer steps of `phase`; what came later goes to the folder `aside`.
+
+    Later ones of this phase were not sound, and would be taken for its newest. Those of later phases (in `phases`, the
+    names in order) grew from a model that is made again. Returns the names of what was moved.
+    """
+    later = phases[list(phases).index(phase) + 1 :]
+    found = [path for path in of_phase(run, phase) if _step(path) > step] + [p for name in later for p in of_phase(run, name)]
+    found += [path for name in later if (path := model_of(run, phases, name)).exists()]
+    for path in found:
+        aside.mkdir(parents=True, exist_ok=True)
+        _discard(aside / path.name)
+        os.replace(path, aside / path.name)
+    return [path.name for path in found]
+
+
 def clear_leftovers(run: Path) -> None:
     """Remove what a killed save or removal left."""
-    for pattern in (f"{UNDER_WAY}*", f"{GOING}*"):
-        for path in (run / CHECKPOINTS).glob(pattern):
-            shutil.rmtree(path, ignore_errors=True)
+    for place in (run / CHECKPOINTS, run / "phases", run):
+        for pattern in (f"{UNDER_WAY}*", f"{GOING}*"):
+            for path in place.glob(pattern):
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def scores(run: Path, phase: str) -> dict[Path, float]:
@@ -134,8 +161,14 @@ def scores(run: Path, phase: str) -> dict[Path, float]:
     return found
 
 
+def _step(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
 def _discard(path: Path) -> None:
     """First out of sight, then away: a removal that is cut leaves no half checkpoint under a good name."""
+    if not path.exists():
+        return
     going = path.with_name(f"{GOING}{path.name}")
     shutil.rmtree(going, ignore_errors=True)
     os.replace(path, going)

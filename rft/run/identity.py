@@ -11,6 +11,7 @@ from typing import Any
 
 from rft.errors import DataError, RecipeError
 from rft.files import write_whole
+from rft.run.state import UNBEGUN, status
 from rft.strict import differing
 
 IDENTITY = "identity.json"
@@ -69,12 +70,18 @@ def drift(folder: Path, mine: Mapping[str, Any]) -> str:
     """The first dotted key in which the folder's run is another; "" for none, or where there was no run."""
     path = folder / IDENTITY
     if not path.exists():
-        return ""
+        return "" if status(folder) in UNBEGUN else f"its recipe ({IDENTITY} is missing)"
     try:
         theirs = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(str(path), f"not readable: {error}", "restore it, or choose another --output") from error
     return differing(json.loads(json.dumps(mine)), theirs)
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of what the folder's run is of; "" where nothing says so."""
+    path = folder / IDENTITY
+    return _digest(path) if path.exists() else ""
 
 
 def _digest(path: Path) -> str:

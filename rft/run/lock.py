@@ -49,8 +49,8 @@ class Lock:
         }
         lock = cls(folder, json.dumps(mine))
         own = folder / f".{LOCK}.{mine['host']}.{mine['pid']}"
-        own.write_text(lock._text, encoding="utf-8")
         try:
+            own.write_text(lock._text, encoding="utf-8")
             told = False
             while not lock._appear(own):
                 text = lock._read()
@@ -135,6 +135,11 @@ class Heartbeat:
         self._write()
         self._thread = threading.Thread(target=self._go_on, daemon=True, name="heartbeat")
         self._thread.start()
+
+    @property
+    def at(self) -> dict[str, Any]:
+        """Phase and step of the last progress; "" and 0 where there was none yet."""
+        return {key: self._progress[key] for key in ("phase", "step")}
 
     def step(self, phase: str, step: int) -> None:
         """Progress was made."""

@@ -145,6 +145,8 @@ def test_a_finished_run_is_left_alone(straight: Path, capsys: pytest.CaptureFixt
     before = {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.is_file()}
     assert main([SMALL, "--output", str(straight)]) == 0
     assert "has finished" in capsys.readouterr().out
+    assert main([SMALL, "--output", str(straight), "--set", "seed=5"]) == 1, "it is no run of this recipe"
+    assert "in which recipe.seed was another" in capsys.readouterr().err
     assert {p: p.stat().st_mtime_ns for p in straight.rglob("*") if p.is_file()} == before
 
 
@@ -165,6 +167,70 @@ def test_a_damaged_checkpoint_costs_one_generation(straight: Path, tmp_path: Pat
     equal(straight, run)
 
 
+def test_a_damaged_model_of_an_earlier_phase_is_made_again_with_what_grew_from_it(
+    straight: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = cut(tmp_path, 4)
+    train(SMALL, output=str(run), stop_after=1, digests=True)
+    os.truncate(run / "phases" / "warmup" / "model.safetensors", 100)
+    train(SMALL, output=str(run), digests=True)
+    out = capsys.readouterr().out
+    assert "model.safetensors has 100 bytes of" in out and "tune-000002: later than what is gone on from" in out
+    assert (run / "attempts" / "3" / "checkpoints" / "tune-000002").is_dir()
+    equal(straight, run)
+
+
+def test_a_trainer_that_was_taken_over_leaves_the_run_alone(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    theirs = {}
+
+    def take_over() -> None:
+        while not (run / "checkpoints" / "warmup-000001").exists():
+            time.sleep(0.005)
+        (run / "lock").write_text(json.dumps({"host": "elsewhere", "pid": 1, "began": "7"}))
+        (run / "state.json").write_text('{"status": "running", "host": "elsewhere"}')
+        theirs.update(lines=len((run / "metrics.jsonl").read_text().splitlines()))
+
+    threading.Thread(target=take_over, daemon=True).start()
+    with pytest.raises(ClusterError, match="another trainer has taken this run over"):
+        train(SMALL, output=str(run))
+    assert read_state(run) == {"status": "running", "host": "elsewhere"}
+    assert len((run / "metrics.jsonl").read_text().splitlines()) <= theirs["lines"] + 1, "the step that it was in"
+    assert (run / "lock").exists()
+
+
+def test_a_phase_that_cannot_leave_its_model_says_so(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / ".saving-end-of-warmup").write_text("")  # a file, where the library makes a folder
+    with pytest.raises(ClusterError, match=r"phases/warmup: could not be saved: FileExistsError"):
+        train(SMALL, ["save_every=", "phases.warmup.steps=1"], output=str(run))
+    state = read_state(run)
+    assert (state["status"], state["phase"], state["step"]) == ("failed", "warmup", 1)
+
+
+def test_adapters_begin_the_same_in_any_attempt(tmp_path: Path) -> None:
+    import torch
+
+    for number in (1, 2):
+        torch.rand(number)  # whatever an attempt has drawn before
+        train(
+            SMALL,
+            ["lora.rank=2", "phases.tune.kl.reference=run", "save_every="],
+            output=str(tmp_path / str(number)),
+            stop_after=1,
+        )
+    assert not verify.compare(tmp_path / "1", tmp_path / "2")["losses"]
+
+
+def test_data_that_cannot_be_opened_fail_the_run_and_free_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    monkeypatch.setenv("RFT_WATCHDOG", "soon")
+    with pytest.raises(ClusterError, match="RFT_WATCHDOG"):
+        train(SMALL, output=str(run))
+    assert read_state(run)["status"] == "failed" and not (run / "lock").exists()
+
+
 def test_a_changed_recipe_is_another_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = cut(tmp_path, 2)
     changed = ["--set", "phases.tune.learning_rate=0.01"]
@@ -175,7 +241,7 @@ def test_a_changed_recipe_is_another_run(tmp_path: Path, capsys: pytest.CaptureF
     assert main([SMALL, "--output", str(run), "--resume", "never"]) == 1
     assert main([SMALL, "--output", str(run), *changed, "--allow-drift", "--stop-after", "1"]) == 0
     assert read_state(run)["drift"] == "recipe.phases.tune.learning_rate"
-    assert list(run.glob("attempts/*/recipe-before.yaml"))
+    assert list(run.glob("attempts/*/recipe-before.yaml")) and list(run.glob("attempts/*/identity-before.json"))
 
 
 def test_two_trainers_never_have_one_run(tmp_path: Path) -> None:
@@ -203,10 +269,14 @@ def test_without_an_output_an_unfinished_run_goes_on_and_a_finished_one_gets_a_n
     assert status(tmp_path / "runs" / "small") == "stopped"
     train(SMALL, [*sets, "seed=5"], stop_after=1)
     assert status(tmp_path / "runs" / "small-2") == "stopped", "another recipe does not touch it"
+    (tmp_path / "runs" / "small" / "state.json").rename(tmp_path / "state.json")  # cut before it said anything
+    train(SMALL, [*sets, "seed=6"], stop_after=1)
+    assert status(tmp_path / "runs" / "small-3") == "stopped", "nor does it where the run was cut soon after it began"
+    (tmp_path / "state.json").rename(tmp_path / "runs" / "small" / "state.json")
     train(SMALL, sets)
     assert status(tmp_path / "runs" / "small") == "finished"
     train(SMALL, sets, stop_after=1)
-    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["small", "small-2", "small-3"]
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["small", "small-2", "small-3", "small-4"]
 
 
 def test_a_disk_that_is_full_loses_nothing(straight: Path, tmp_path: Path) -> None:

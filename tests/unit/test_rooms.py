@@ -26,6 +26,7 @@ LEVELS = (
         "train_cli",
         "evaluate",
         "check",
+        "options",
         "data_cli",
         "launch_cli",
         "slurm_cli",

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from rft.errors import ClusterError, DataError, RecipeError
+from rft.quarantine import Quarantine
 from rft.run import checkpoints, history, identity, lock, state
 from rft.run.cadence import Cadence
 from rft.run.lock import Heartbeat, Lock
@@ -294,3 +295,28 @@ def test_attempts_are_counted(tmp_path: Path) -> None:
     assert state.status(tmp_path) == ""
     state.write_state(tmp_path, status="stopped", step=3)
     assert state.status(tmp_path) == "stopped"
+
+
+def test_what_was_saved_later_than_a_run_goes_on_from_does_not_count(tmp_path: Path) -> None:
+    """A damaged checkpoint would be the newest for ever: of the two kept one, in place of what was just written."""
+    sealed(tmp_path, 10)
+    os.truncate(sealed(tmp_path, 20) / "weights", 3)
+    aside = tmp_path / "attempts" / "2" / "checkpoints"
+    assert checkpoints.cut_back(tmp_path, ["tune"], "tune", 10, aside) == ["tune-000020"]
+    assert (aside / "tune-000020" / "weights").stat().st_size == 3, "it is put aside and not lost"
+    new = sealed(tmp_path, 15)
+    checkpoints.prune(tmp_path, "tune", keep_last=1, keep_best=0)
+    assert checkpoints.of_phase(tmp_path, "tune") == [new]
+    assert checkpoints.cut_back(tmp_path, ["warmup", "tune"], "warmup", 3, aside) == ["tune-000015"], (
+        "it grew from another start"
+    )
+    assert checkpoints.cut_back(tmp_path, ["warmup", "tune"], "warmup", 3, aside) == []
+
+
+def test_a_sample_in_quarantine_is_told_once_by_all_attempts(tmp_path: Path) -> None:
+    for _ in range(2):
+        kept = Quarantine(tmp_path / "quarantine.jsonl", total=10, max_share=0.5)
+        kept.add("a", DataError("a.mp4", "is cut", "repair it"))
+        kept.refuse("b", DataError("b", "is too long", "shorten it"), "tune")
+        assert len(kept) == 1
+    assert [line["sample"] for line in lines(tmp_path / "quarantine.jsonl")] == ["a", "b"]
