@@ -147,7 +147,7 @@ def run(recipe: Path, out: Path, *sets: str) -> tuple[float, list[Batch]]:
     mine = ("phases.warmup.steps", "phases.warmup.check_every", "phases.grpo.check_every", "evaluation.max_samples")
     short = [s for s in shortened("recipes/quickstart.yaml", None) if not s.startswith(mine)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("rft.train.GroupTrainer", Recording)
+        patch.setattr("rft.phase.GroupTrainer", Recording)
         train(str(recipe), [*short, *sets], str(out))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     first = next(r["kl"] for r in rows if r["phase"] == "grpo" and "kl" in r)

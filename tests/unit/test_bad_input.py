@@ -238,7 +238,8 @@ def test_a_group_that_the_batch_cannot_hold_is_told_before_a_folder_is_made(
 def test_a_finished_run_is_not_trained_over(told, tmp_path: Path) -> None:
     assert told("train", "phases.grpo.steps=1")[0] == 0
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")}
-    code, _, err = told("train", "phases.grpo.steps=1")
-    assert code == 1
-    assert "this folder holds a finished run" in err
+    code, out, _ = told("train", "phases.grpo.steps=1")
+    assert code == 0 and "this run has finished" in out
+    code, _, err = told("train", "phases.grpo.steps=2")
+    assert code == 1 and "phases.grpo.steps was another" in err
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*")} == before
