@@ -89,7 +89,7 @@ class Run:
         path = self.folder / "metrics.jsonl"
         return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
 
-    def until(self, what: Callable[[Run], Any], seconds: float = 60.0) -> None:
+    def until(self, what: Callable[[Run], Any], seconds: float = 180.0) -> None:
         """Wait until something holds; fail with what the run's logs say."""
         end = time.monotonic() + seconds
         while not what(self):
@@ -97,13 +97,13 @@ class Run:
                 pytest.fail(f"not within {seconds:.0f} s: {self.state}\n{self.attempts}\n{self.log}\n{self.printed}")
             time.sleep(0.1)
 
-    def until_status(self, *status: str, seconds: float = 60.0) -> None:
+    def until_status(self, *status: str, seconds: float = 180.0) -> None:
         self.until(lambda run: run.state.get("status") in status, seconds)
 
-    def until_step(self, step: int, seconds: float = 60.0) -> None:
+    def until_step(self, step: int, seconds: float = 180.0) -> None:
         self.until(lambda run: run.state.get("status") == "running" and step <= max(run.steps, default=0), seconds)
 
-    def until_gone(self, seconds: float = 60.0) -> None:
+    def until_gone(self, seconds: float = 180.0) -> None:
         """Until Slurm has forgotten the job."""
         self.until(lambda run: not queue.queued([run.job]), seconds)
 

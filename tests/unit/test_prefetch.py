@@ -32,7 +32,7 @@ class Deadly(View):
         return os._exit, (1,)
 
 
-def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
+def until(condition: Callable[[], object], seconds: float = 120.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it never came"
@@ -52,6 +52,16 @@ def ready(tmp_path_factory: pytest.TempPathFactory, shown: View) -> Iterator[Pre
         prefetcher.ahead([first])
         until(lambda: prefetcher._store.has(first))
         yield prefetcher
+
+
+def idle(prefetcher: Prefetcher) -> None:
+    """Wait until nothing runs: a view is in the store before its worker has said so, and one that is stopped then never does."""
+
+    def is_idle() -> bool:
+        with prefetcher._changed:
+            return not prefetcher._queue and not prefetcher._running
+
+    until(is_idle)
 
 
 def views(shown: View, number: int) -> list[View]:
@@ -75,6 +85,7 @@ def test_what_is_decoded_ahead_is_there(ready: Prefetcher, shown: View) -> None:
 
 def test_what_runs_is_waited_for_and_what_waits_is_not(ready: Prefetcher, shown: View) -> None:
     store, (running, queued, later, *_) = ready._store, views(shown, 1)
+    idle(ready)
     misses, pid = store.misses, worker(ready)
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -98,6 +109,7 @@ def test_what_runs_is_waited_for_and_what_waits_is_not(ready: Prefetcher, shown:
 def test_what_is_needed_first_is_not_pushed_out(ready: Prefetcher, shown: View, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefetch, "MAX_QUEUED", 3)
     store, (first, *rest) = ready._store, views(shown, 2)
+    idle(ready)
     pid = worker(ready)
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -127,7 +139,7 @@ def test_bad_media_is_the_error_of_whoever_gets_it(ready: Prefetcher, tmp_path: 
 
     before = messages()
     ready.ahead([broken, gone])
-    until(lambda: not ready._queue and not ready._running)
+    idle(ready)
     assert messages() == before
     assert (ready.restarts, store.has(broken)) == (0, False)
 
@@ -162,6 +174,7 @@ def test_killed_workers_lose_nothing(shown: View) -> None:
         until(lambda: prefetcher.restarts == 1)
         prefetcher.ahead([rest[0]])
         until(lambda: store.has(rest[0]))
+        idle(prefetcher)
         os.kill(worker(prefetcher), signal.SIGSTOP)
         prefetcher.ahead([first, deadly, *rest])
         until(lambda: prefetcher._running)
