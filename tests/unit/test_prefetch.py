@@ -55,7 +55,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory, shown: View) -> Iterator[Pre
 
 
 def idle(prefetcher: Prefetcher) -> None:
-    """Wait until nothing runs: a view is in the store before its worker has said so, and one that is stopped then never does."""
+    """Wait until nothing runs: a view is in the store before its worker says so, and one that is stopped never does."""
 
     def is_idle() -> bool:
         with prefetcher._changed:
