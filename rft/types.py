@@ -62,6 +62,8 @@ class View:
     tokens: int  # placeholder tokens it takes in the prompt
     duration: float = 0.0  # seconds of the whole media; 0 for an image
     crop: Box | None = None  # in original pixels
+    pool: int = 1  # its tokens are means over pool x pool of those that the picture was encoded to; `grid` is what is left
+    region: tuple[int, int, int, int] | None = None  # rows and columns r0, c0, r1, c1 of those tokens; None is all of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +75,7 @@ class Segment:
     ids: tuple[int, ...] = ()
     logprobs: tuple[float, ...] | None = None  # the sampler's; only a policy segment can have them
     views: tuple[View, ...] = ()
+    is_fresh: bool = False  # of the world: a new prompt, behind which nothing of what came before is seen
 
     def __post_init__(self) -> None:
         if self.author not in AUTHOR_CODES:
@@ -87,6 +90,8 @@ class Segment:
             raise RolloutError("segment", f"{len(self.ids)} ids but {len(self.logprobs)} log-probs")
         if self.views and self.author != "world":
             raise RolloutError("segment", f"a {self.author} segment carries media", "only the world shows pixels")
+        if self.is_fresh and self.author != "world":
+            raise RolloutError("segment", f"a {self.author} segment begins anew", "only the world asks anew")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +115,17 @@ class Rollout:
     segments: tuple[Segment, ...]
     stop: Stop = "answered"
     weights: int = 0  # version of the policy weights that sampled it
+    refused: tuple[str, ...] = ()  # why a look was not shown, for every look that was not, in order
+
+    @property
+    def rounds(self) -> tuple[tuple[Segment, ...], ...]:
+        """What the model saw at a time: all segments, or, where the world asked anew, those of each prompt."""
+        rounds: list[list[Segment]] = [[]]
+        for segment in self.segments:
+            if segment.is_fresh and rounds[-1]:
+                rounds.append([])
+            rounds[-1].append(segment)
+        return tuple(map(tuple, rounds))
 
     @property
     def turns(self) -> tuple[str, ...]:
