@@ -3,7 +3,7 @@ are not used: a forward is told what to attend to by `tree=`.
 
 On a GPU a step of a large model is thousands of short kernels, and starting them takes longer than running them: the step
 is captured as a CUDA graph and replayed, one graph per (rows, length) bucket. Shapes: `B` rows, `H` key heads, `T` tokens
-of all contexts, `L` tokens a row has room for, `D` head size, `V` vocabulary.
+of all contexts, `R` of them that a forward runs over, `L` tokens a row has room for, `D` head size, `V` vocabulary.
 """
 
 from __future__ import annotations
@@ -21,36 +21,67 @@ from rft.hf.kernels import Plan, attend_prefix
 
 BUCKET = 64  # the least a row has room for; it doubles
 CLOSE = 0.05  # of the spread of the logits: how far a replayed step may be from a plain one
+Layer = tuple[Tensor, Tensor]  # keys, values: [H, T, D] of nodes, [B, H, L, D] of rows
+
+
+class Prefix:
+    """Keys and values of all nodes of a wave, which lie at `spans`: those of their `known` leading tokens are taken out of
+    `held`, the others are written as forwards meet them."""
+
+    def __init__(self, held: dict[int, Layer], known: Sequence[np.ndarray], spans: np.ndarray, device: torch.device) -> None:
+        self._held, self._length = held, int(spans[-1, 1])
+        targets = np.concatenate([np.arange(start, start + len(k)) for k, (start, _) in zip(known, spans, strict=True)])
+        self._sources, self._targets = (torch.from_numpy(x).to(device) for x in (np.concatenate(known), targets))
+        self._layers: dict[int, Layer] = {}
+
+    def layer(self, number: int, like_HRD: Tensor) -> Layer:
+        """[H, T, D] each, to be written to."""
+        if number not in self._layers:  # there once at any time: what was held of a layer goes as it is copied
+            made = tuple(like_HRD.new_empty(like_HRD.shape[0], self._length, like_HRD.shape[2]) for _ in range(2))
+            for new, old in zip(made, self._held.pop(number, ()), strict=False):
+                new.index_copy_(1, self._targets, old.index_select(1, self._sources))
+            self._layers[number] = made
+        return self._layers[number]
+
+    @property
+    def layers(self) -> list[Layer]:
+        """In the order of the model."""
+        return [self._layers[number] for number in sorted(self._layers)]
 
 
 class Keeper:
-    """A plan that keeps the keys and values it meets: the prefill of a tree."""
+    """A plan that writes down the keys and values it meets: a forward of the prefill. Its queries are the row's tokens, its
+    keys all tokens `begin` to `stop` of the prefix, among which the row's stand at `places_R`."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+    def __init__(self, plan: Plan, prefix: Prefix, begin: int, stop: int, places_R: np.ndarray) -> None:
+        self._plan, self._prefix, self._begin, self._stop = plan, prefix, begin, stop
+        self._places_R = torch.from_numpy(places_R).to(plan.device)
 
-    def attend(self, layer: int, q_1HTD: Tensor, k_1HTD: Tensor, v_1HTD: Tensor, scale: float) -> Tensor:
+    def attend(self, layer: int, q_1HRD: Tensor, k_1HRD: Tensor, v_1HRD: Tensor, scale: float) -> Tensor:
         """As the plan attends."""
-        self.layers[layer] = (k_1HTD[0], v_1HTD[0])
-        return self._plan.attend(layer, q_1HTD, k_1HTD, v_1HTD, scale)
+        parts = [x[:, self._begin : self._stop] for x in self._prefix.layer(layer, k_1HRD[0])]
+        for part, new in zip(parts, (k_1HRD, v_1HRD), strict=True):
+            part.index_copy_(1, self._places_R, new[0])
+        return self._plan.attend(layer, q_1HRD, parts[0][None], parts[1][None], scale)
 
 
 class Branches:
     """What the rows of a wave attend to: the nodes on their paths, and what they have written themselves.
 
     `prefix` holds (keys, values) [H, T, D] per layer over all nodes, `spans` where each node lies in T, `paths` the nodes of
-    each row, rows in the tree's order. `position` counts the tokens that every row has written.
+    each row, rows in the tree's order. `position` counts the tokens that every row has written. With `keeps`, what no row
+    sees any more stays here, to be handed on at the end.
     """
 
     def __init__(
-        self, prefix: Sequence[tuple[Tensor, Tensor]], spans: np.ndarray, paths: Sequence[Sequence[int]], most: int
+        self, prefix: Sequence[Layer], spans: np.ndarray, paths: Sequence[Sequence[int]], most: int, *, keeps: bool = False
     ) -> None:
-        self._prefix, self._spans, self._paths, self._most = list(prefix), spans, paths, most
+        self._prefix, self.spans, self._paths, self._most, self._keeps = list(prefix), spans, paths, most, keeps
         self._laid: list[int] = list(range(len(spans)))  # nodes, in the order in which their keys lie
         self.position = 0
         self._clock: Tensor | None = None
-        self._own: list[tuple[Tensor, Tensor]] = []
+        self._own: list[Layer] = []
+        self._gone: list[tuple[np.ndarray, list[Layer]]] = []  # rows that left, and what they had written
         self.rows = np.arange(len(paths))
         self._plan = self._planned()
 
@@ -67,9 +98,28 @@ class Branches:
     def keep(self, rows: np.ndarray) -> None:
         """Only these rows go on, by their first number."""
         places = torch.from_numpy(np.searchsorted(self.rows, rows)).to(self._prefix[0][0].device)
+        if self._keeps:
+            gone = np.setdiff1d(self.rows, rows)
+            index = torch.from_numpy(np.searchsorted(self.rows, gone)).to(places.device)
+            written = [tuple(x[:, :, : self.position].index_select(0, index) for x in layer) for layer in self._own]
+            self._gone.append((gone, written))
         self._own = [(k.index_select(0, places), v.index_select(0, places)) for k, v in self._own]
         self.rows = rows
         self._plan = self._planned()
+
+    def hand_on(self, lengths_B: np.ndarray) -> list[Layer]:
+        """Keys and values [H, T, D] per layer: of the nodes, where `spans` says, then the first `lengths_B` tokens of every
+        row there was. Nothing can be decoded behind this."""
+        parts = [*self._gone, (self.rows, self._own)]
+        places = {row: (part, i) for part, (rows, _) in enumerate(parts) for i, row in enumerate(rows)}
+        wanted = [(*places[row], int(length)) for row, length in enumerate(lengths_B) if length]
+        layers = []
+        while self._prefix:  # layer by layer: not everything twice
+            nodes, own = self._prefix.pop(0), [written.pop(0) if written else () for _, written in parts]
+            layers.append(
+                tuple(torch.cat([x, *(own[part][kind][i, :, :n] for part, i, n in wanted)], 1) for kind, x in enumerate(nodes))
+            )
+        return layers
 
     def make_room(self) -> None:
         """Room for one more token of every row."""
@@ -88,16 +138,18 @@ class Branches:
         """Keys and values of the nodes that are still seen, level by level: a sweep's are one run, and are not copied."""
         paths = [self._paths[r] for r in self.rows]
         wanted = list(dict.fromkeys(p[level] for level in range(max(map(len, paths))) for p in paths if level < len(p)))
+        if self._keeps:
+            wanted = list(dict.fromkeys([*wanted, *self._laid]))
         if wanted == self._laid:
             return
-        tokens = np.concatenate([np.arange(*self._spans[node]) for node in wanted])
+        tokens = np.concatenate([np.arange(*self.spans[node]) for node in wanted])
         index = torch.from_numpy(tokens).to(self._prefix[0][0].device)
         for layer, (keys, values) in enumerate(self._prefix):
             self._prefix[layer] = (keys.index_select(1, index), values.index_select(1, index))
-        lengths = np.diff(self._spans[wanted], axis=1)[:, 0]
+        lengths = np.diff(self.spans[wanted], axis=1)[:, 0]
         stops = np.cumsum(lengths)
-        self._spans = self._spans.copy()
-        self._spans[wanted] = np.stack([stops - lengths, stops], axis=1)
+        self.spans = self.spans.copy()
+        self.spans[wanted] = np.stack([stops - lengths, stops], axis=1)
         self._laid = wanted
 
     def _planned(self) -> Plan:
@@ -107,7 +159,7 @@ class Branches:
             node_B = np.array([self._paths[r][level] if level < len(self._paths[r]) else -1 for r in self.rows])
             edges = np.flatnonzero(np.diff(node_B, prepend=-2, append=-2))
             queries_S2, nodes = np.stack([edges[:-1], edges[1:]], axis=1), node_B[edges[:-1]]
-            sweeps.append(Sweep(queries_S2=queries_S2[nodes >= 0], keys_S2=self._spans[nodes[nodes >= 0]], causal=False))
+            sweeps.append(Sweep(queries_S2=queries_S2[nodes >= 0], keys_S2=self.spans[nodes[nodes >= 0]], causal=False))
         return Plan(tuple(sweeps), device)
 
     @contextmanager

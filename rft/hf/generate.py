@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from rft.data.clock import modalities, rope_positions
-from rft.data.pack import lay_out
 from rft.data.tree import grow
-from rft.hf.decode import Branches, Graphed, Keeper
+from rft.hf.decode import Branches, Graphed, Keeper, Layer, Prefix
 from rft.hf.head import policy_logits
+from rft.hf.kept import Kept, hold, remainder
 from rft.hf.logprobs import Lens, placement, row_inputs
 from rft.rollout.policy import Context, Limits, Reply, uniforms
 from rft.types import Node
@@ -32,42 +32,61 @@ Forward = Callable[[Tensor, np.ndarray, int], Tensor]  # ids [B], which rows, po
 class ModelPolicy:
     """Extends contexts with a transformers model; `weights` is the version that its replies carry.
 
-    `room` is the memory that keys and values may take, in bytes; by default 60 % of what the GPU has free, or 4 GiB.
+    `room` is the memory that keys and values may take, in bytes; by default 60 % of what the GPU has free, or 4 GiB. With
+    `keeps`, those of the contexts and of their replies are held until the next `extend`, which runs only over what is new
+    behind them; a packed call of one wave leaves them, and `extend([], limits)` lets them go. The weights must not change
+    in between. `prefilled` counts the tokens that forwards of a prefill have run over.
     """
 
     def __init__(
-        self, model: torch.nn.Module, lens: Lens, eos_ids: Sequence[int], *, weights: int = 0, room: int | None = None
+        self,
+        model: torch.nn.Module,
+        lens: Lens,
+        eos_ids: Sequence[int],
+        *,
+        weights: int = 0,
+        room: int | None = None,
+        keeps: bool = False,
     ) -> None:
         self._model, self._lens, self._eos, self._weights = model, lens, tuple(eos_ids), weights
-        self._room = room
+        self._room, self._keeps = room, keeps and lens.sharing == "packed"
+        self._kept = Kept()
+        self.prefilled = 0
 
     @torch.no_grad()
     def extend(self, contexts: Sequence[Context], limits: Limits) -> list[Reply]:
         """One reply per context, in order. The model must be in eval mode, gradient checkpointing off."""
         replies: list[Reply] = []
-        for wave in self._waves(contexts, limits):
+        waves = list(self._waves(contexts, limits))
+        kept, self._kept = self._kept, Kept()
+        for wave, fits in waves:
             if self._lens.memory is not None:
                 self._lens.memory.encode(self._model, dict.fromkeys(v for c in wave for s in c.segments for v in s.views))
-            replies += (self._packed if self._lens.sharing == "packed" else self._expanded)(wave, limits)
+            if self._lens.sharing == "packed":
+                found, left = self._packed(wave, limits, kept, self._keeps and fits and len(waves) == 1)
+                kept, self._kept = Kept(), left
+            else:
+                found = self._expanded(wave, limits)
+            replies += found
         return replies
 
-    def _waves(self, contexts: Sequence[Context], limits: Limits) -> Iterator[Sequence[Context]]:
-        """Runs of contexts whose keys and values have room; at least one context each. A shared context counts once."""
+    def _waves(self, contexts: Sequence[Context], limits: Limits) -> Iterator[tuple[Sequence[Context], bool]]:
+        """Runs of contexts, one at least, and whether their keys and values have room. What contexts share counts once."""
         room = self._tokens()
         begin = tokens = 0
         met: set[tuple[int, ...]] = set()
         for end, context in enumerate(contexts):
-            prefix = tuple(map(id, context.segments))
-            is_new = prefix not in met or self._lens.sharing == "expanded"
-            cost = limits.max_tokens + (sum(len(s.ids) for s in context.segments) if is_new else 0)
+            sizes = {tuple(map(id, context.segments[: i + 1])): len(s.ids) for i, s in enumerate(context.segments)}
+            shared = met if self._lens.sharing == "packed" else ()
+            cost = limits.max_tokens + sum(size for prefix, size in sizes.items() if prefix not in shared)
             if end > begin and tokens + cost > room:
-                yield contexts[begin:end]
+                yield contexts[begin:end], tokens <= room
                 begin, tokens, met = end, 0, set()
-                cost = limits.max_tokens + sum(len(s.ids) for s in context.segments)
+                cost = limits.max_tokens + sum(sizes.values())
             tokens += cost
-            met.add(prefix)
+            met.update(sizes)
         if contexts:
-            yield contexts[begin:]
+            yield contexts[begin:], tokens <= room
 
     def _tokens(self) -> int:
         """Tokens whose keys and values have room."""
@@ -78,25 +97,25 @@ class ModelPolicy:
         room = self._room
         if room is None and device.type == "cuda":
             spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # the allocator's, unused
-            room = int(0.6 * (torch.cuda.mem_get_info(device)[0] + spare))
+            room = int(0.6 * (torch.cuda.mem_get_info(device)[0] + spare + self._kept.num_bytes))
         elif room is None:
             room = 4 << 30
         return max(room // each, 1)
 
-    def _packed(self, contexts: Sequence[Context], limits: Limits) -> list[Reply]:
-        """Prefill the tree of all contexts, then decode all of them together."""
+    def _packed(self, contexts: Sequence[Context], limits: Limits, kept: Kept, keeps: bool) -> tuple[list[Reply], Kept]:
+        """Prefill what `kept` does not know of the tree of all contexts, then decode all of them together."""
         lens = self._lens
         order = sorted(range(len(contexts)), key=lambda i: sum(len(s.ids) for s in contexts[i].segments))
-        branches = [[(np.asarray(s.ids, np.int64), s.views) for s in contexts[i].segments] for i in order]
-        nodes, paths = grow(branches, family=lens.family, image_pad_id=lens.image_pad_id, video_pad_id=lens.video_pad_id)
-        ends, prefix, positions_E = self._prefill(nodes, sorted({path[-1] for path in paths}))
+        runs = [[(np.asarray(s.ids, np.int64), s.views) for s in contexts[i].segments if s.ids] for i in order]
+        nodes, paths = grow(runs, family=lens.family, image_pad_id=lens.image_pad_id, video_pad_id=lens.video_pad_id)
+        known = kept.known(nodes, runs, paths)
+        ends, layers, positions_E, spans = self._prefill(nodes, sorted({path[-1] for path in paths}), kept, known)
         order_B = sorted(range(len(paths)), key=lambda i: paths[i][-1])  # rows in the order of the tree
-        paths_B = [paths[i] for i in order_B]
+        runs_B, paths_B = [runs[i] for i in order_B], [paths[i] for i in order_B]
         end_B = np.searchsorted(sorted({path[-1] for path in paths}), [path[-1] for path in paths_B])
         keys_B = np.array([contexts[order[i]].key for i in order_B], dtype=np.uint64)
-        stops = np.cumsum([len(n.ids_T) for n in nodes])
-        spans = np.stack([stops - [len(n.ids_T) for n in nodes], stops], axis=1)
-        branches = Branches(prefix, spans, paths_B, limits.max_tokens)
+        branches = Branches(layers, spans, paths_B, limits.max_tokens, keeps=keeps)
+        del layers  # they are the branches' alone
         index_B = torch.from_numpy(end_B).to(ends.device)
         next_B = positions_E[index_B]
 
@@ -120,32 +139,33 @@ class ModelPolicy:
         found: list[Any] = [None] * len(contexts)
         for reply, i in zip(replies, order_B, strict=True):
             found[order[i]] = reply
-        return found
+        return found, hold(branches, runs_B, paths_B, [r.ids for r in replies]) if keeps else Kept()
 
-    def _prefill(self, nodes: Sequence[Node], ends: Sequence[int]) -> tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor]:
-        """Logits [E, V] behind the end nodes, (keys, values) [H, T, D] per layer over all nodes, next position [E]."""
-        logits, layers, begin = [], [], 0
+    def _prefill(
+        self, nodes: Sequence[Node], ends: Sequence[int], kept: Kept, known: Sequence[np.ndarray]
+    ) -> tuple[Tensor, list[Layer], Tensor, np.ndarray]:
+        """Logits [E, V] behind the end nodes, layers over all nodes, next position [E], and where each node lies in T."""
+        stops = np.cumsum([len(n.ids_T) for n in nodes])
+        spans = np.stack([stops - [len(n.ids_T) for n in nodes], stops], axis=1)
+        known_N = np.array([len(k) for k in known])
+        rest_N = np.diff(spans, axis=1)[:, 0] - known_N
+        prefix = Prefix(kept.layers, known, spans, placement(self._model)[0])
+        logits, begin = [], 0
         while begin < len(nodes):
             stop = begin + 1
-            while stop < len(nodes) and (
-                nodes[stop].parent >= 0 or sum(len(n.ids_T) for n in nodes[begin : stop + 1]) <= PREFILL
-            ):
+            while stop < len(nodes) and (nodes[stop].parent >= 0 or rest_N[begin : stop + 1].sum() <= PREFILL):
                 stop += 1
             trees = [replace(n, parent=n.parent - begin if n.parent >= 0 else -1) for n in nodes[begin:stop]]
-            row = lay_out(trees)
+            row, places_R = remainder(trees, known_N[begin:stop])
             last = [row.stops[e - begin] - 1 for e in ends if begin <= e < stop]
             inputs = row_inputs(self._model, row, self._lens)
-            device, keeper = inputs["input_ids"].device, Keeper(inputs["tree"])
-            kept = {"logits_to_keep": torch.tensor(last, device=device), "tree": keeper}
-            logits.append(self._model(use_cache=False, **{**inputs, **kept}).logits[0])
-            layers.append([keeper.layers[i] for i in sorted(keeper.layers)])
+            keeper = Keeper(inputs["tree"], prefix, spans[begin, 0], spans[stop - 1, 1], places_R)
+            only = {"logits_to_keep": torch.tensor(last, device=inputs["input_ids"].device), "tree": keeper}
+            logits.append(self._model(use_cache=False, **{**inputs, **only}).logits[0])
+            self.prefilled += len(row.ids_T)
             begin = stop
-        prefix = []
-        while layers[0]:  # layer by layer: not everything twice
-            parts = [chunk.pop(0) for chunk in layers]
-            prefix.append(parts[0] if len(parts) == 1 else tuple(torch.cat(kind, dim=1) for kind in zip(*parts, strict=True)))
         last_E = torch.tensor([int(nodes[e].positions_3T[0, -1]) + 1 for e in ends], device=logits[0].device)
-        return torch.cat(logits), prefix, last_E
+        return torch.cat(logits), prefix.layers, last_E, spans
 
     def _expanded(self, contexts: Sequence[Context], limits: Limits) -> list[Reply]:
         slots: dict[tuple[int, ...], int] = {}
@@ -208,6 +228,7 @@ class ModelPolicy:
             use_cache=True,
             **lens.media_inputs(self._model, [v for shown in views for v in shown]),
         )
+        self.prefilled += int(mask_CT.sum())
         return outputs.logits[:, -1], outputs.past_key_values, mask, positions[0, :, -1] + 1
 
     def _decode(self, logits_BV: Tensor, forward: Forward, keys_B: np.ndarray, limits: Limits) -> list[Reply]:
@@ -218,12 +239,16 @@ class ModelPolicy:
         eos = torch.tensor(self._eos, device=logits_BV.device)
         alive_B, done_B = np.arange(len(keys_B)), np.zeros(len(keys_B), bool)
         ids_BT = np.zeros((len(keys_B), limits.max_tokens), np.int64)
-        logprobs_BT = np.zeros(ids_BT.shape)
+        logprobs_BT, length_B = np.zeros(ids_BT.shape), np.zeros(len(keys_B), np.int64)
         for position in range(limits.max_tokens):
             token_B, logprob_B = self._choose(logits_BV, keys_B[alive_B], position, limits)
             ids_BT[alive_B, position] = token_B.cpu().numpy()
             logprobs_BT[alive_B, position] = logprob_B.cpu().numpy()
-            done_B |= torch.isin(token_B, eos).cpu().numpy()
+            ends_B = torch.isin(token_B, eos).cpu().numpy()
+            if limits.until is not None:
+                ends_B |= [limits.until(ids_BT[row, : position + 1].tolist()) for row in alive_B]
+            length_B[alive_B[ends_B & ~done_B]] = position + 1
+            done_B |= ends_B
             if position + 1 == limits.max_tokens or done_B.all():
                 break
             if done_B.sum() * 4 >= len(done_B):
@@ -234,8 +259,13 @@ class ModelPolicy:
                 )
             logits_BV = forward(token_B, alive_B, position)
         return [
-            self._reply(ids_T.tolist(), logprobs_T.tolist())
-            for ids_T, logprobs_T in zip(ids_BT[:, : position + 1], logprobs_BT[:, : position + 1], strict=True)
+            Reply(
+                ids=tuple(ids_T[: length or position + 1].tolist()),
+                logprobs=tuple(logprobs_T[: length or position + 1].tolist()),
+                stop="answered" if length else "length",
+                weights=self._weights,
+            )
+            for ids_T, logprobs_T, length in zip(ids_BT, logprobs_BT, length_B, strict=True)
         ]
 
     def _choose(self, logits_BV: Tensor, keys_B: np.ndarray, position: int, limits: Limits) -> tuple[Tensor, Tensor]:
@@ -248,15 +278,6 @@ class ModelPolicy:
             u_B = torch.from_numpy(uniforms(keys_B, position)).to(logits_BV.device)
             token_B = inverse_cdf(truncate(logprobs_BV, limits).exp(), u_B)
         return token_B, logprobs_BV.gather(-1, token_B[:, None])[:, 0]
-
-    def _reply(self, ids: list[int], logprobs: list[float]) -> Reply:
-        end = next((i + 1 for i, token in enumerate(ids) if token in self._eos), None)
-        return Reply(
-            ids=tuple(ids[:end]),
-            logprobs=tuple(logprobs[:end]),
-            stop="length" if end is None else "answered",
-            weights=self._weights,
-        )
 
 
 def inverse_cdf(probs_BV: Tensor, u_B: Tensor) -> Tensor:

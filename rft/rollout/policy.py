@@ -30,12 +30,16 @@ class Context:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """How to continue. Only the recipe sets these; temperature 0 is greedy, top_k 0 and top_p 1 are off."""
+    """How to continue. Only the recipe sets these; temperature 0 is greedy, top_k 0 and top_p 1 are off.
+
+    A reply also ends where `until(ids so far)` holds: the world has something to say in the middle of it.
+    """
 
     max_tokens: int
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    until: Callable[[Sequence[int]], bool] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +71,8 @@ class Scripted:
         replies = []
         for index, context in enumerate(contexts):
             ids = (*self._encode(self._script(index, context)), self._eos)
+            cuts = range(1, len(ids) + 1) if limits.until else ()
+            ids = next((ids[:n] for n in cuts if limits.until(ids[:n])), ids)
             stop = "answered" if len(ids) <= limits.max_tokens else "length"
             ids = ids[: limits.max_tokens]
             replies.append(Reply(ids=ids, logprobs=(0.0,) * len(ids), stop=stop))
