@@ -16,7 +16,7 @@ import math
 import os
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import av
@@ -172,14 +172,14 @@ def view(
     else:
         found = probe(media.source) if media.kind == "video" else _listed(media)
         num, is_exact, window = _frames(media.name, found, family, budget)
-    crop = crop and _clipped(media.name, crop, found.size)
+    crop = crop and clipped(media.name, crop, found.size)
     shown = found.size if crop is None else (int(crop[3] - crop[1]), int(crop[2] - crop[0]))
-    size, low = _sized(media, shown, num, family, budget)
+    size, low = sized(media, shown, num, family, budget)
     if max_tokens is not None and family.tokens(family.grid(num, size)) > max_tokens:
         step, area, asked, full = 1 if is_image else family.temporal_patch, family.unit**2, num, size
         num = max(max_tokens // family.tokens(family.grid(1, size)) * step, min(num, 2 * step))
         is_exact = is_exact and num == asked
-        size, _ = _sized(media, shown, asked, family, budget, max_tokens // (num // step) * area)
+        size, _ = sized(media, shown, asked, family, budget, max_tokens // (num // step) * area)
         if family.tokens(family.grid(num, size)) > max_tokens:
             first, least = (f"{n} x {s} is {family.tokens(family.grid(n, s))}" for n, s in ((asked, full), (num, size)))
             what = f"frames x size in tokens: {first}, with min_pixels={low:g} {least}, max_tokens is {max_tokens}"
@@ -247,7 +247,7 @@ def _nearest(seconds: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return np.where(is_left, right - 1, right)
 
 
-def _sized(
+def sized(
     media: Media, size: tuple[int, int], num_frames: int, family: Family, budget: Budget, room: float = math.inf
 ) -> tuple[tuple[int, int], int]:
     """((height, width) to show, least pixels): `fetch_video` and `fetch_image` of qwen-vl-utils, under `room` pixels.
@@ -272,7 +272,8 @@ def _sized(
     return (max(height, family.unit), max(width, family.unit)), low
 
 
-def _clipped(where: str, crop: Box, size: tuple[int, int]) -> Box:
+def clipped(where: str, crop: Box, size: tuple[int, int]) -> Box:
+    """The crop in whole pixels, cut to a picture of (height, width). Raises DataError when it misses the picture."""
     x0, y0 = max(math.floor(crop[0]), 0), max(math.floor(crop[1]), 0)
     x1, y1 = min(math.ceil(crop[2]), size[1]), min(math.ceil(crop[3]), size[0])
     if x0 >= x1 or y0 >= y1:
@@ -284,8 +285,12 @@ def read(view: View) -> np.ndarray:
     """The pixels a view names: uint8 [frames, height, width, 3], RGB, at `view.size`.
 
     Cropped, then resized in uint8 (bicubic, antialiased); untouched where the size is right. Of a video only the groups
-    of pictures that hold a wanted frame are decoded. Raises DataError when a wanted frame cannot be decoded.
+    of pictures that hold a wanted frame are decoded, a frame that is named twice once. Raises DataError when a wanted frame
+    cannot be decoded.
     """
+    different = tuple(dict.fromkeys(view.frames))
+    if len(different) < len(view.frames):
+        return read(replace(view, frames=different))[[different.index(i) for i in view.frames]]
     out = np.empty((len(view.frames), *view.size, 3), np.uint8)
     if view.kind == "video" and isinstance(view.source, str):
         found = probe(view.source)

@@ -15,13 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rft.data.cells import whole
 from rft.data.frames import FrameStore
 from rft.data.pack import forest, lay_out, trained
 from rft.families import Family
 from rft.hf.head import plain, scoring
 from rft.hf.kernels import Plan
 from rft.hf.pixels import patchify
-from rft.hf.vision import VisionMemory
+from rft.hf.replay import through_tower
+from rft.hf.vision import VisionMemory, plain_model
 from rft.types import WORLD, Node, Pack, View
 
 MEDIA_INPUTS = (("image", "pixel_values", "image_grid_thw"), ("video", "pixel_values_videos", "video_grid_thw"))
@@ -48,15 +50,22 @@ class Lens:
     def media_inputs(self, model: Any, views: Sequence[View], fillers: Sequence[str] = ()) -> dict[str, Any]:
         """What the public forward takes for the views of all rows, in order: pixels, or what the tower made of them.
 
-        A view shown twice is patchified once. Each filler kind gets the smallest grey picture at the end.
+        A picture shown twice is patchified once. Each filler kind gets the smallest grey picture at the end. Where the tower
+        learns and a view shows a pooled or gathered part, the forward runs the tower itself when it asks for the features.
         """
         device, dtype = placement(model)
         kinds = {kind: [v for v in views if v.kind == kind] for kind, _, _ in MEDIA_INPUTS}
         if self.memory is not None:
             shown = {k: self.memory.outputs(plain(model), v, k in fillers) for k, v in kinds.items() if v or k in fillers}
             return {"mm_encoder_outputs": shown}
-        patches = {v: patchify(torch.tensor(self.frames.get(v)).to(device), v, self.family) for v in set(views)}
+        full = {v: whole(v, self.family) for v in views}
+        patches = {v: patchify(torch.tensor(self.frames.get(v)).to(device), v, self.family) for v in set(full.values())}
         grey = torch.zeros(self.family.merge**2, 3 * self.family.temporal_patch * self.family.patch**2, device=device)
+        if any(v is not full[v] for v in full):  # the library's forward shows whole pictures only
+            patches = {v: block.to(dtype) for v, block in patches.items()}
+            greys = {k: grey.to(dtype) if k in fillers else None for k in kinds}
+            own, asked = plain_model(plain(model)), {k: v for k, v in kinds.items() if v or k in fillers}
+            return {"mm_encoder_outputs": {k: through_tower(own, v, patches, greys[k], self.family) for k, v in asked.items()}}
         inputs = {}
         for kind, pixels, grid in MEDIA_INPUTS:
             blocks, grids = [patches[v] for v in kinds[kind]], [v.grid for v in kinds[kind]]

@@ -2,7 +2,8 @@
 
 Both families encode each pair of frames (temporal patch) apart from all others: attention, windows and positions stay
 inside it. So the pair is the unit of memory, under its pixels, its size and the revision of the weights, and a second
-look, the rollout, the old and reference log-probs and the training forward share it.
+look, the rollout, the old and reference log-probs and the training forward share it. So do all views of one whole: the
+pooled map of a picture and the regions of it that are shown later are one encoding.
 
 `Level` says how far the shared work reaches. "features": the whole tower, mergers included; nothing there learns or
 carries an adapter. "states": up to the mergers, which learn (or are adapted) and run in every forward, with gradient.
@@ -15,7 +16,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from hashlib import blake2b
 from itertools import groupby
 from typing import Any, Literal, Protocol
@@ -27,10 +27,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 
+from rft.data.cells import whole
 from rft.data.media import stamp
 from rft.errors import DataError, RolloutError
 from rft.families import Family
 from rft.hf.pixels import patchify
+from rft.hf.replay import EncoderOutputs, Levels, wholes_of
 from rft.types import View
 
 Level = Literal["features", "states"]
@@ -76,38 +78,6 @@ def mergers_of(model: torch.nn.Module, family: Family) -> list[torch.nn.Module]:
     return [m for part in parts for m in (part if isinstance(part, torch.nn.ModuleList) else [part])]
 
 
-class EncoderOutputs:
-    """What a model's forward takes as `mm_encoder_outputs[kind]`: nothing is computed before it reads an attribute.
-
-    With states, reading runs the mergers, so that they run inside the forward and whatever wraps it (DDP, FSDP, ZeRO-3,
-    autocast, disabled adapters), once per forward. One object serves any number of forwards. It is no dataclass, because
-    wrappers rebuild those field by field.
-    """
-
-    def __init__(
-        self, shown: Sequence[Sequence[Kept]], order: Sequence[int], mergers: Sequence[torch.nn.Module] | None
-    ) -> None:
-        self._shown, self._order, self._mergers = shown, order, mergers  # pairs of each distinct view, and which come when
-
-    @property
-    def pooler_output(self) -> list[Tensor]:
-        """[S, D] of every view, in the order asked for."""
-        return self._tokens(0)
-
-    @property
-    def deepstack_features(self) -> list[list[Tensor]]:
-        """The same of every deepstack level; empty where the family has none."""
-        return [self._tokens(level) for level in range(1, len(self._shown[0][0]))]
-
-    def _tokens(self, level: int) -> list[Tensor]:
-        sizes = [sum(len(pair[level]) for pair in pairs) for pairs in self._shown]
-        tokens_SD = torch.cat([pair[level] for pairs in self._shown for pair in pairs])
-        if self._mergers is not None:
-            tokens_SD = self._mergers[level](tokens_SD.flatten(0, 1))
-        tokens = tokens_SD.split(sizes)
-        return [tokens[i] for i in self._order]
-
-
 class VisionMemory:
     """What a vision tower made of the frame pairs it has seen, for one set of tower weights. For one thread at a time.
 
@@ -128,6 +98,8 @@ class VisionMemory:
     def encode(self, model: torch.nn.Module, views: Iterable[View]) -> None:
         """Run the tower, as in evaluation, over the pairs of `views` that are not kept, and hold all pairs of `views`.
 
+        What is encoded is the whole of each view, once for all that share it.
+
         `model` is the plain or the PEFT model at rest, its parameters whole: ranks may need different numbers of tower
         calls. The tower's own dtype decides the arithmetic, and an autocast that is active here is active there: where
         the training forward runs under one, call this under the same, or its features differ by rounding. The grey
@@ -136,7 +108,7 @@ class VisionMemory:
         Raises:
             DataError: a view's pixels cannot be read; the others may not all be encoded, so encode them again.
         """
-        views = list(dict.fromkeys(views))
+        views = list(dict.fromkeys(whole(view, self.family) for view in views))
         grey = self._grey
         self._held = {grey, *(key for view in views for key in self._keys(view))}
         if grey not in self._kept:
@@ -166,15 +138,25 @@ class VisionMemory:
         Raises:
             RolloutError: a view was not encoded, or was not held and has gone.
         """
-        places = {view: i for i, view in enumerate(dict.fromkeys(views))}
-        shown = [self._found(view) for view in places]
-        order = [places[view] for view in views]
+        full, shown = wholes_of(views, self.family)
+        pairs = [self._found(view) for view in full]
         if filler:
             if self._grey not in self._kept:
                 raise RolloutError("vision memory", "a filler is wanted and nothing was encoded", "call encode first")
-            shown.append([self._kept[self._grey]])
-            order.append(len(places))
-        return EncoderOutputs(shown, order, mergers_of(model, self.family) if self.level == "states" else None)
+            shown.append((len(pairs), None))
+            pairs.append([self._kept[self._grey]])
+        mergers = mergers_of(model, self.family) if self.level == "states" else ()
+
+        def encoded() -> Levels:
+            levels = []
+            for level in range(len(pairs[0][0])):
+                tokens_SD = torch.cat([pair[level] for own in pairs for pair in own])
+                if mergers:
+                    tokens_SD = mergers[level](tokens_SD.flatten(0, 1))
+                levels.append(tokens_SD.split([sum(len(pair[level]) for pair in own) for own in pairs]))
+            return levels
+
+        return EncoderOutputs(shown, encoded, self.family)
 
     @property
     def _grey(self) -> Key:
@@ -228,7 +210,7 @@ class VisionMemory:
         for (h, w), same in groupby(batch, key=lambda item: item[1].grid[1:]):
             same = list(same)
             frames_FHWC = torch.from_numpy(np.concatenate([pair for _, _, pair in same])).to(device)
-            blocks.append(patchify(frames_FHWC, replace(same[0][1], grid=(len(same), h, w)), self.family))
+            blocks.append(patchify(frames_FHWC, same[0][1], self.family))
             grids += [(1, h, w)] * len(same)
         self._run(model, [key for key, _, _ in batch], torch.cat(blocks), grids)
 

@@ -8,14 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from rft.data.budget import Budget
+from rft.data.frames import FrameStore
 from rft.data.media import read, view
 from rft.data.resample import two_streams
 from rft.data.views import Look, Refused, look, to_file, to_view
 from rft.errors import DataError
-from rft.families import FAMILIES
+from rft.families import FAMILIES, Family
+from rft.hf.pixels import patchify
 from rft.types import Media, Sample, View
 from tests import videos
 
@@ -88,6 +91,29 @@ def test_chosen_frames_are_shown_once_in_order_with_their_own_seconds(sample: Sa
     assert again.frames == (strip.frames[1], strip.frames[6]) and again.media == 0
     paths = seen(sample, video=2, indices=(1, 4))
     assert (paths.seconds, marks(paths)) == ((1.0, 9.0), [1, 4])
+
+
+@pytest.mark.parametrize("family", [QWEN25, QWEN3], ids=lambda family: family.name)
+def test_frames_shown_apart_fill_a_patch_each(sample: Sample, family: Family) -> None:
+    """In pixels of what the tower takes: each patch is that of its frame alone, and together they would not be."""
+    shown = seen(sample, indices=(300, 10, 10, 249), apart=True, family=family)
+    assert shown.frames == (10, 10, 249, 249, 300, 300) and marks(shown) == list(shown.frames)
+    assert shown.seconds == pytest.approx((0.4, 0.4, 9.96, 9.96, 20.0, 20.0), abs=1e-3)
+    assert shown.pair_seconds == shown.seconds[::2] and shown.grid[0] == 3
+    store = FrameStore(2**24)
+    patches = patchify(torch.tensor(store.get(shown)), shown, family).chunk(3)
+    for patch, index in zip(patches, (10, 249, 300), strict=True):
+        alone = seen(sample, indices=(index,), family=family)
+        assert alone.size == shown.size and torch.equal(patch, patchify(torch.tensor(store.get(alone)), alone, family))
+    beside = seen(sample, indices=(10, 249), family=family)
+    assert not torch.equal(patchify(torch.tensor(store.get(beside)), beside, family), patches[0])
+    again = seen(sample, indices=(2,), of=shown, family=family)  # frames are counted, not the times they are shown
+    assert again.frames == (300,)
+    assert look(sample, Look(indices=(3,), of=shown), family=family, budget=BUDGET).what == "frames are numbered 0 to 2"
+    paths = seen(sample, video=2, indices=(1, 4), apart=True, family=family)
+    assert (paths.seconds, marks(paths)) == ((1.0, 1.0, 9.0, 9.0), [1, 1, 4, 4])
+    tight = seen(sample, indices=range_of(16), apart=True, max_tokens=16 * 3, family=family)
+    assert tight.tokens <= 48 and tight.grid[0] == 16 and len(tight.frames) == 32
 
 
 def test_frames_around_a_clue(sample: Sample) -> None:
