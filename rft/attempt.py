@@ -28,8 +28,9 @@ from rft.files import write_whole
 from rft.hf import trackers
 from rft.hf.together import Together
 from rft.hf.trackers import Trackers
+from rft.loaded import Loaded, resolved
 from rft.quarantine import Quarantine
-from rft.recipe import SPLITS, Loaded, Recipe, resolved
+from rft.recipe import SPLITS, Recipe
 from rft.run import checkpoints, identity, state
 from rft.run.lock import Heartbeat, Lock, holder_of
 from rft.run.stops import Stops, deadline

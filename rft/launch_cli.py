@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
 def _launch(options: argparse.Namespace) -> int:
     from rft.cluster.launch import PORT, check_machine, command, count_gpus, quoted, run
     from rft.errors import ClusterError
-    from rft.recipe import load
+    from rft.loaded import load
 
     load(options.recipe, options.sets)  # one process says what is wrong, and not each of many
     arguments = [word for value in options.sets for word in ("--set", value)]

@@ -1,15 +1,14 @@
-"""The configuration tree: what a recipe may say, and how a file, what it extends and `--set a.b=c` become one of them."""
+"""The configuration tree: what a recipe may say, and what it may not."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 
 from rft.algo import ESTIMATORS, OBJECTIVES
 from rft.algo.advantages import HANDED
@@ -19,16 +18,13 @@ from rft.condition import Condition
 from rft.data.budget import Budget
 from rft.errors import RecipeError
 from rft.families import FAMILIES
-from rft.layers import stack
-from rft.plugins import find_file, load_object
 from rft.ranges import check_ranges
+from rft.rollout.perceive import Perceive
 from rft.rollout.render import Prompt
 from rft.run.cadence import Cadence
-from rft.scoring import Reward
-from rft.strict import build, join, nearest
+from rft.strict import nearest
 
 SPLITS = ("train", "validation", "test")
-WIDEST = 72  # columns of `rft show` before an origin
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +52,7 @@ class World:
     tick: float = 1.0  # spans begin and end on multiples of it, in seconds
     longest: float = 0.0  # seconds that a square is visible at most; 0 is any two ticks
     objects: int = 1  # squares in a clip at most, each with its own span; from 2 on of a colour, and the question names one
+    mark: float = 0.0  # seconds that a mark shows on the square at most, too fine for a coarse look; 0 is no marks
     size: int = 28  # pixels per side
     seed: int = 0
 
@@ -63,6 +60,19 @@ class World:
         if self.longest and not self.tick <= self.longest <= self.seconds:
             what = f"{self.longest:g} s is not between a tick of {self.tick:g} s and a clip of {self.seconds:g} s"
             raise RecipeError("data.synthetic.longest", what, "use e.g. 3, or 0 for no limit")
+        if self.mark:
+            self._check_mark()
+
+    def _check_mark(self) -> None:
+        """Half a tick fits into the mark, a scene of more ticks than it into the clip, and a frame into half a tick."""
+        at, longest = "data.synthetic.mark", self.longest or self.seconds
+        if self.objects > 1:
+            raise RecipeError(at, f"marks and {self.objects} objects do not go together", "set objects: 1, or mark: 0")
+        if not self.tick / 2 <= self.mark < longest // self.tick * self.tick:
+            what = f"{self.mark:g} s is not between half a tick of {self.tick:g} s and a scene of {longest:g} s at most"
+            raise RecipeError(at, what, "use e.g. a tick, and scenes (longest) of two, or 0 for no marks")
+        if self.fps * self.tick / 2 < 1:
+            raise RecipeError(at, f"half a tick of {self.tick:g} s has no frame at {self.fps} fps", "raise fps or tick")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +130,7 @@ class RewardSpec:
     concurrency: int = 8
     partial: bool = False
     maximum: float | None = 1.0
+    only_if: Mapping[str, float] = field(default_factory=dict)  # the least that other rewards must give before it counts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +160,7 @@ class Mix:
 
     share: float = 0.5  # probability that a group gets these prompts; its step and sample decide, and nothing else
     prompts: Mapping[str, Prompt] = field(default_factory=dict)  # replace those of the phase, by task
+    perception: Perceive | None = None  # replaces that of the phase
     rewards: tuple[str, ...] = ()  # names; empty is those of the phase
 
 
@@ -172,11 +184,15 @@ class Phase:
     off_policy: OffPolicy = field(default_factory=OffPolicy)  # how its tokens are weighed
     clip: Clip = field(default_factory=Clip)
     kl: KL = field(default_factory=KL)
+    credit: Literal["rollout", "turn"] = "rollout"  # turn: what each turn was worth is compared apart
     mask_truncated: bool = False
+    mask_over_turns: bool = False  # rollouts that would have looked further than they may
     importance_cap: float = 0.0  # weigh tokens by min(p / p_sampler, cap); 0 is off
     refill: int = 0  # times that silent groups are replaced by other samples
     sampling: Sampling = field(default_factory=Sampling)
     prompts: Mapping[str, Prompt] = field(default_factory=dict)  # replace those of the recipe, by task
+    perception: Perceive | None = None  # replaces that of the recipe
+    evaluated: Perceive | None = None  # what is looked at when the phase is scored, where that is something else
     rewards: tuple[str, ...] = ()  # names; empty is all of the recipe's
     mix: Mix | None = None  # other prompts for some of its groups
     learning_rate: float = 1e-6
@@ -197,8 +213,8 @@ class Phase:
         """The phase as a group with the mixed-in prompts meets it; None where nothing is mixed in."""
         if self.mix is None:
             return None
-        prompts = {**self.prompts, **self.mix.prompts}
-        return replace(self, prompts=prompts, rewards=self.mix.rewards or self.rewards, mix=None)
+        prompts, perception = {**self.prompts, **self.mix.prompts}, self.mix.perception or self.perception
+        return replace(self, prompts=prompts, perception=perception, rewards=self.mix.rewards or self.rewards, mix=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -231,6 +247,7 @@ class Recipe:
     media: Budget = field(default_factory=Budget)
     max_prompt_tokens: int = 8192
     prompts: Mapping[str, Prompt] = field(default_factory=dict)
+    perception: Perceive = field(default_factory=Perceive)  # what rollouts look at
     rewards: Mapping[str, RewardSpec] = field(default_factory=dict)
     phases: Mapping[str, Phase] = field(default_factory=dict)
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -268,6 +285,10 @@ class Recipe:
         own = tuple(self.rewards_of(phase))
         return phase.accuracy or (own if len(own) == 1 else ())
 
+    def perception_of(self, phase: Phase | None) -> Perceive:
+        """What the rollouts of a phase look at."""
+        return (phase and phase.perception) or self.perception
+
     def prompts_of(self, phase: Phase | None) -> dict[str, Prompt]:
         """The prompts of a phase, by task."""
         return {**self.prompts, **(phase.prompts if phase else {})}
@@ -301,6 +322,10 @@ def _check_phase(at: str, phase: Phase, recipe: Recipe) -> None:
     for name in phase.rewards:
         if name not in recipe.rewards:
             raise RecipeError(f"{at}.rewards", f"unknown reward {name!r}", nearest(name, recipe.rewards))
+    for name, spec in recipe.rewards_of(phase).items():
+        if strangers := [other for other in spec.only_if if other not in recipe.rewards_of(phase) or other == name]:
+            do = nearest(strangers[0], set(recipe.rewards_of(phase)) - {name})
+            raise RecipeError(f"rewards.{name}.only_if", f"{strangers[0]!r} is no other reward of {at}", do)
     for name in phase.accuracy:
         if name not in (own := recipe.rewards_of(phase)):
             raise RecipeError(f"{at}.accuracy", f"{name!r} is no reward of this phase", nearest(name, own))
@@ -333,7 +358,8 @@ def _check_phase(at: str, phase: Phase, recipe: Recipe) -> None:
 
 def _check_mix(at: str, phase: Phase, recipe: Recipe) -> None:
     """Prompts that are others, and rewards that say how right an answer is whatever it was asked with."""
-    if recipe.prompts_of(phase.mixed) == recipe.prompts_of(phase):
+    asks_alike = recipe.prompts_of(phase.mixed) == recipe.prompts_of(phase)
+    if asks_alike and recipe.perception_of(phase.mixed) == recipe.perception_of(phase):
         raise RecipeError(f"{at}.prompts", "these are the prompts of the phase itself", "give other ones, or take mix out")
     for name in phase.mix.rewards:
         if name not in recipe.rewards:
@@ -357,94 +383,6 @@ def _check_estimator(at: str, phase: Phase) -> None:
         raise RecipeError(f"{at}.estimator_args", str(error), f"{phase.estimator} takes: {known}") from error
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loaded:
-    """A recipe, the folder its relative paths start from, and where each value came from (dotted key -> origin)."""
-
-    recipe: Recipe
-    folder: Path
-    origins: Mapping[str, str]
-
-    def path(self, name: str) -> Path:
-        """A data file named by the recipe. Raises RecipeError when there is none, with the places tried."""
-        return find_file(name, near=self.folder)
-
-    def standing_alone(self) -> Recipe:
-        """The recipe with every file it names made absolute: what a run folder keeps."""
-        data = replace(self.recipe.data, **{s: str(self.path(n)) for s in SPLITS if (n := getattr(self.recipe.data, s))})
-        specs = {}
-        for name, spec in self.recipe.rewards.items():
-            place, _, function = spec.use.rpartition(":")
-            use = f"{find_file(place, near=self.folder)}:{function}" if place.endswith(".py") else spec.use
-            specs[name] = replace(spec, use=use)
-        return replace(self.recipe, data=data, rewards=specs)
-
-    def rewards(self, phase: Phase) -> list[Reward]:
-        """The phase's rewards, with their functions. Raises RecipeError when one cannot be loaded."""
-        return [
-            Reward(
-                name=name,
-                function=load_object(spec.use, near=self.folder),
-                **{f.name: getattr(spec, f.name) for f in fields(spec) if f.name != "use"},
-            )
-            for name, spec in self.recipe.rewards_of(phase).items()
-        ]
-
-
-def load(name: str, sets: Sequence[str] = ()) -> Loaded:
-    """Read a recipe, what it extends, and `a.b=c` overrides on top.
-
-    Raises:
-        RecipeError: a file, a key or a value is wrong; the message names it.
-    """
-    path = find_file(name)
-    values, origins = stack(path, sets)
-    return Loaded(recipe=build(Recipe, values), folder=path.parent, origins=origins)
-
-
-def resolved(recipe: Recipe) -> dict[str, Any]:
-    """The whole tree as plain values, defaults included; `build(Recipe, resolved(r)) == r`."""
-    return _plain(asdict(recipe))
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(v) for v in value]
-    return value
-
-
-def show(loaded: Loaded) -> str:
-    """The resolved recipe as YAML, with the origin behind every value that is not a default."""
-    lines = list(_shown(resolved(loaded.recipe), loaded.origins))
-    column = max(len(text) for text, origin in lines if origin and len(text) <= WIDEST)
-    shown = [f"{text:<{column}}  # {origin}" if origin else text for text, origin in lines]
-    return "\n".join(["# What has no remark is a default.", *shown]) + "\n"
-
-
-def _shown(tree: Mapping[str, Any], origins: Mapping[str, str], at: str = "", indent: str = "") -> Iterator[tuple[str, str]]:
-    """(line of YAML, origin or "")."""
-    for key, value in tree.items():
-        here = join(at, key)
-        is_branch = isinstance(value, Mapping) and value
-        text = yaml.dump({key: None if is_branch else value}, Dumper=_Dumper, allow_unicode=True, sort_keys=False, width=10**6)
-        first, *rest = text.splitlines()
-        yield indent + (first.removesuffix(" null") if is_branch else first), "" if is_branch else origins.get(here, "")
-        yield from ((indent + line if line else "", "") for line in rest)
-        if is_branch:
-            yield from _shown(value, origins, here, indent + "  ")
-
-
-class _Dumper(yaml.SafeDumper):
-    """Text of several lines as a block, a list on one line."""
-
-
-_Dumper.add_representer(str, lambda d, s: d.represent_scalar("tag:yaml.org,2002:str", s, style="|" if "\n" in s else None))
-_Dumper.add_representer(list, lambda d, items: d.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True))
-
-
 __all__ = [
-    "Clip", "Data", "Evaluation", "Loaded", "Lora", "Mix", "Phase", "Recipe", "RewardSpec", "Sampling", "Tiny", "Trainable",
-    "World", "load", "resolved", "show",
+    "Clip", "Data", "Evaluation", "Lora", "Mix", "Phase", "Recipe", "RewardSpec", "Sampling", "Tiny", "Trainable", "World",
 ]  # fmt: skip

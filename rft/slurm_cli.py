@@ -93,7 +93,7 @@ def _submit(options: argparse.Namespace) -> None:
     if not options.dry_run:
         check(request)
 
-    from rft.recipe import load  # seconds, for torch
+    from rft.loaded import load  # seconds, for torch
 
     loaded = load(options.recipe, options.sets)
     folder = folder_of(loaded.recipe, options.output)
@@ -132,7 +132,7 @@ def prepare(folder: Path, loaded: Any) -> None:
 
     from rft.errors import ClusterError
     from rft.files import write_whole
-    from rft.recipe import resolved
+    from rft.loaded import resolved
 
     text = yaml.safe_dump(resolved(loaded.standing_alone()), sort_keys=False, allow_unicode=True)
     try:

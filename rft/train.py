@@ -24,8 +24,9 @@ from rft.evaluation.baselines import best_constant, random_answer
 from rft.hf.models import LoadedModel, open_policy, renderer_for
 from rft.hf.tiny import make_tiny
 from rft.hf.together import Together
+from rft.loaded import load
 from rft.phase import open_phase, score_phase, train_phase
-from rft.recipe import Recipe, load
+from rft.recipe import Recipe
 from rft.report.curves import draw_curves
 from rft.report.table import table
 from rft.rollout.render import Renderer

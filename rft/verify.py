@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 
 from rft.cluster.launch import command
 from rft.errors import RecipeError, RftError
-from rft.recipe import Recipe, load, resolved
+from rft.loaded import load, resolved
+from rft.recipe import Recipe
 from rft.run.state import read_state
 
 TIMES = ("seconds", "step_time", "profiling", "num_tokens_per_second")  # what may differ: how long things took

@@ -18,8 +18,9 @@ from rft.cluster.space import Setting, Space, names, settings
 from rft.cluster.trials import TRIALS, Sweep, Swept, Trial, contents, open_sweep
 from rft.errors import RecipeError
 from rft.files import write_whole
+from rft.loaded import load, resolved
 from rft.plugins import find_file
-from rft.recipe import Recipe, load, resolved
+from rft.recipe import Recipe
 from rft.strict import differing
 
 LONGEST = 150  # characters of a trial's name
