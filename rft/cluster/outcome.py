@@ -10,7 +10,7 @@ from pathlib import Path
 from rft.cluster.metrics import SUMMARY, Curve, final, validated
 from rft.cluster.paired import Claim, differences, judge, spread
 from rft.cluster.sweep import Ended, Job
-from rft.cluster.table import COLUMNS, BySeed, column_of, row_json, spread_of, table
+from rft.cluster.table import COLUMNS, LOOKED, BySeed, column_of, row_json, spread_of, table
 from rft.files import write_whole
 from rft.recipe import Recipe
 from rft.run.state import read_state
@@ -37,7 +37,7 @@ def conclude(
     title: str,
     trials: Sequence[str],
     shared: str,
-    claim: Claim,
+    claims: Sequence[Claim],
     metric: str,
     is_judged: bool,
 ) -> int:
@@ -45,32 +45,44 @@ def conclude(
     done = [p for p in planned if p.job.name in ended.finished]
     values = results(done, trials, shared)
     columns = list(dict.fromkeys((metric, *COLUMNS)))
-    others = [name for name in trials if name in values and name != claim.worse]
-    paired = {name: paired_with(values, name, claim.worse, columns) for name in others}
-    spreads = {name: {c: spread(list(d.values())) for c, d in by.items()} for name, by in paired.items()}
-    lines = [table({name: {c: spread_of(rows, c) for c in columns} for name, rows in values.items()}, columns)]
-    if claim.worse in values:
-        lines += ["", f"minus {claim.worse}, seed by seed", table(spreads, columns, signed=True)]
+    worse = list(dict.fromkeys(claim.worse for claim in claims))
+    paired = {w: {n: paired_with(values, n, w, columns) for n in trials if n in values and n != w} for w in worse}
+    spreads = {w: {n: {c: spread(list(d.values())) for c, d in by.items()} for n, by in paired[w].items()} for w in worse}
+    shown = [*columns, *LOOKED]
+    lines = [table({name: {c: spread_of(rows, c) for c in shown} for name, rows in values.items()}, shown)]
+    for w in worse:
+        if w in values:
+            lines += ["", f"minus {w}, seed by seed", table(spreads[w], columns, signed=True)]
     means = {name: spread_of(values[name], metric) for name in trials if name in values}
     order = sorted((n for n, s in means.items() if s), key=lambda n: -means[n].mean)
     lines += ["", f"by {metric}: {' > '.join(order) or 'no run finished'}"]
-    verdict = judge(paired.get(claim.better, {}).get(metric, {})) if is_judged else None
-    grounds = f"{'holds' if verdict.holds else 'does not hold'} ({verdict.grounds})" if verdict else "not judged: a smoke run"
-    lines += [f"claim: {claim} in {metric}: {grounds}"]
+    verdicts = [judge(paired[c.worse].get(c.better, {}).get(metric, {})) if is_judged else None for c in claims]
+    judged = []
+    for claim, verdict in zip(claims, verdicts, strict=True):
+        said = f"{'holds' if verdict.holds else 'does not hold'} ({verdict.grounds})" if verdict else "not judged: a smoke run"
+        judged.append({"text": str(claim), "holds": verdict.holds if verdict else None, "grounds": said})
+        lines += [f"claim: {claim} in {metric}: {said}"]
+    holds = all(verdict.holds for verdict in verdicts) if is_judged else None
     lines += [f"missing: {name}: {why}" for name, why in ended.failed.items()]
     text = "\n".join(["test split: mean over seeds and half of its 95 % t interval", *lines]) + "\n"
     write_whole(folder / "table.txt", text)
-    in_pairs = {
-        name: {c: {"seeds": {str(k): v for k, v in d.items()}, **asdict(spreads[name][c])} for c, d in by.items()}
-        for name, by in paired.items()
-    }
+    in_pairs = [
+        {"with": w}
+        | {
+            name: {c: {"seeds": {str(k): v for k, v in d.items()}, **asdict(spreads[w][name][c])} for c, d in by.items()}
+            for name, by in paired[w].items()
+        }
+        for w in worse
+    ]
     report = {
         "study": title,
         "metric": metric,
-        "rows": {name: row_json(rows, columns) for name, rows in values.items()},
-        "paired": {"with": claim.worse, **in_pairs},
+        "rows": {name: row_json(rows, shown) for name, rows in values.items()},
+        "paired": in_pairs[0],
+        "paired_also": in_pairs[1:],
         "order": order,
-        "claim": {"text": str(claim), "holds": verdict.holds if verdict else None, "grounds": grounds},
+        "claim": {k: ", ".join(c[k] for c in judged) for k in ("text", "grounds")} | {"holds": holds},
+        "claims": judged,
         "seconds": {p.job.name: read_state(p.job.folder)["seconds"] for p in done},
         "failed": dict(ended.failed),
     }
@@ -81,7 +93,7 @@ def conclude(
 
         draw(curves, folder / "curves.png", metric=metric, title=title, after=shared)
     print(f"\n{text}\neverything is in {folder}", flush=True)
-    return int(bool(ended.failed) or (verdict is not None and not verdict.holds))
+    return int(bool(ended.failed) or holds is False)
 
 
 def results(done: Sequence[Planned], trials: Sequence[str], shared: str) -> Values:

@@ -67,6 +67,11 @@ class Claim:
             raise RecipeError(where, f"cannot read {text!r}", 'write e.g. "nonlinear > grpo"')
         return cls(better=match[1], worse=match[2])
 
+    @classmethod
+    def parse_all(cls, text: str, where: str = "study.claim") -> tuple[Claim, ...]:
+        """Claims with commas between them: all of them have to hold."""
+        return tuple(cls.parse(part, where) for part in text.split(","))
+
     def __str__(self) -> str:
         return f"{self.better} > {self.worse}"
 

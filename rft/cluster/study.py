@@ -29,8 +29,9 @@ from rft.cluster.trials import check_seeds
 from rft.errors import RecipeError
 from rft.files import write_whole
 from rft.layers import stack
+from rft.loaded import load, resolved
 from rft.plugins import find_file
-from rft.recipe import SPLITS, Recipe, load, resolved
+from rft.recipe import SPLITS, Recipe
 from rft.strict import build, differing, nearest
 
 
@@ -53,7 +54,7 @@ class Smoke:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Study:
-    """Everything under `study:`. `claim` is `one > other`, judged by `metric` on the test split."""
+    """Everything under `study:`. `claim` is `one > other`, or several with commas, judged by `metric` on the test split."""
 
     trials: Mapping[str, Trial]
     seeds: tuple[int, ...]
@@ -64,8 +65,8 @@ class Study:
     sets: tuple[str, ...] = ()  # a.b=c, for every trial
 
     def __post_init__(self) -> None:
-        claim = Claim.parse(self.claim)
-        named = {"study.claim": (claim.better, claim.worse), "study.smoke.trials": self.smoke.trials if self.smoke else ()}
+        sides = [name for claim in Claim.parse_all(self.claim) for name in (claim.better, claim.worse)]
+        named = {"study.claim": sides, "study.smoke.trials": self.smoke.trials if self.smoke else ()}
         for at, names in named.items():
             for name in names:
                 if name not in self.trials:
@@ -81,9 +82,10 @@ class Study:
         if not self.smoke:
             raise RecipeError("study.smoke", "the study does not say what a smoke run is", "add e.g. smoke: {trials: [grpo]}")
         trials = {name: self.trials[name] for name in self.smoke.trials}
-        claim = Claim.parse(self.claim)
-        if not {claim.better, claim.worse} <= set(trials):
-            raise RecipeError("study.smoke.trials", "leaves out a side of the claim", f"name {claim.better} and {claim.worse}")
+        sides = [name for claim in Claim.parse_all(self.claim) for name in (claim.better, claim.worse)]
+        if not set(sides) <= set(trials):
+            do = f"name {' and '.join(dict.fromkeys(sides))}"
+            raise RecipeError("study.smoke.trials", "leaves out a side of the claim", do)
         return replace(self, trials=trials, seeds=self.smoke.seeds, sets=(*self.sets, *self.smoke.sets), smoke=None)
 
 
@@ -119,7 +121,7 @@ def run_study(name: str, *, seeds: Sequence[int] = (), smoke: bool = False, outp
         title=path.stem,
         trials=list(study.trials),
         shared=study.shared,
-        claim=Claim.parse(study.claim),
+        claims=Claim.parse_all(study.claim),
         metric=study.metric,
         is_judged=not smoke,
     )

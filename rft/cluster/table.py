@@ -9,6 +9,7 @@ from typing import Any
 from rft.cluster.paired import ENOUGH, Spread, spread
 
 COLUMNS = ("miou", "r1@0.3", "r1@0.5", "r1@0.7")
+LOOKED = ("valid_clues", "visual_tokens", "turns")  # where rollouts look again: no score, and not compared
 BySeed = Mapping[int, Mapping[str, float]]  # seed -> metric -> value
 
 

@@ -23,8 +23,9 @@ from rft.cluster.paired import T_975, Claim, differences, judge, spread
 from rft.cluster.study import open_study, plan, settle
 from rft.cluster.sweep import Ended, Job, sweep
 from rft.errors import RecipeError
+from rft.loaded import load, resolved
 from rft.plugins import find_file
-from rft.recipe import World, load, resolved
+from rft.recipe import World
 from rft.strict import differing
 from rft.synthetic.world import COLOURS, draw_frames, draw_span, make_world
 
@@ -311,7 +312,7 @@ def concluded(folder: Path, scores: Mapping[str, Mapping[int, float]], *, is_jud
     trials = [t for t in scores if t != "warmup"]
     return conclude(
         planned, ended, folder=folder, title="t", trials=trials, shared="warmup",
-        claim=Claim(better="b", worse="a"), metric="miou", is_judged=is_judged,
+        claims=[Claim(better="b", worse="a")], metric="miou", is_judged=is_judged,
     )  # fmt: skip
 
 
