@@ -11,8 +11,9 @@ from rft.errors import DataError
 from rft.evaluation.contract import Finding, reference_earns_maximum
 from rft.hf.voice import Voice
 from rft.recipe import Phase
+from rft.rollout.perceive import ONCE
 from rft.rollout.reference import reference_rollout, variants
-from rft.rollout.render import Renderer
+from rft.rollout.walk import opening
 from rft.scoring import Reward
 from rft.types import Sample, Segment, View
 
@@ -28,11 +29,13 @@ def askable(run: Attempt, voices: Sequence[Voice], name: str, phase: Phase) -> l
         try:
             for voice in voices:
                 asked = replace(sample, messages=tuple(voice.renderer.messages(sample)))
-                if phase.supervised:
+                if phase.supervised and voice.looking.is_single:
                     voice.renderer.answer_text(asked)
+                elif phase.supervised:
+                    reference_rollout(asked, voice.renderer, looking=replace(voice.looking, fetch=ONCE.fetch))
                 if phase.guidance:
                     rewards = [r for r in voice.rewards if r.name in right or not right]
-                    _deserves_a_seat(asked, voice.renderer, rewards, phase.guidance)
+                    _deserves_a_seat(asked, voice, rewards, phase.guidance)
             askable.append(sample)
         except DataError as error:
             refused.append((sample.id, error))
@@ -46,16 +49,17 @@ def askable(run: Attempt, voices: Sequence[Voice], name: str, phase: Phase) -> l
     return askable
 
 
-def _deserves_a_seat(sample: Sample, renderer: Renderer, rewards: Sequence[Reward], guidance: Guidance) -> None:
+def _deserves_a_seat(sample: Sample, voice: Voice, rewards: Sequence[Reward], guidance: Guidance) -> None:
     """Raise DataError when the annotation, as the group will see it, does not earn the maximum.
 
-    Views are opened only where a reward fails without them.
+    Where rollouts do not look, views are opened only if a reward fails without them.
     """
+    renderer, looking = voice.renderer, replace(voice.looking, fetch=ONCE.fetch)
 
     def findings(*views: View) -> list[Finding]:
-        world = Segment(author="world", text="", views=views)
-        told = variants(sample, guidance)
-        references = [reference_rollout(s, renderer, world, fill=guidance.fill, field=guidance.field) for s in told]
+        world = Segment(author="world", text="", views=views) if looking.is_single else opening(sample, renderer, looking)
+        given = {"looking": looking, "fill": guidance.fill, "field": guidance.field}
+        references = [reference_rollout(s, renderer, world, **given) for s in variants(sample, guidance)]
         return reference_earns_maximum(rewards, [sample], references, {})
 
     if findings() and (found := findings(*(renderer.view(sample, i) for i in range(len(sample.media))))):

@@ -22,8 +22,10 @@ from rft.evaluation.contract import HOSTILE, Finding, check_rewards
 from rft.evaluation.metrics import measure
 from rft.families import FAMILIES, Family, family_of
 from rft.hf.compat import ensure_torchvision
-from rft.recipe import SPLITS, Loaded, Phase, load
+from rft.loaded import Loaded, load
+from rft.recipe import SPLITS, Phase
 from rft.report.words import in_words
+from rft.rollout.perceive import Looking
 from rft.rollout.reference import reference_rollout
 from rft.rollout.render import Prompt, Renderer
 from rft.synthetic.world import make_world
@@ -169,17 +171,18 @@ def _asked(
 ) -> tuple[list[Opened], list[Finding]]:
     """What the prompts of a phase, or those that it mixes in, make of the first rows, and how the rewards like it."""
     renderer, allowed = _renderer(loaded, phase), loaded.recipe.max_prompt_tokens
-    opened, findings = _open(splits, renderer, num_samples, loaded.recipe.data.max_bad_share)
+    looking = loaded.looking(phase)
+    opened, findings = _open(splits, renderer, looking, num_samples, loaded.recipe.data.max_bad_share)
     findings += _prompt_findings(f"phases.{name}", renderer.prompts, [s for samples in splits.values() for s in samples])
     if opened:
         _print_prompts(name, opened, allowed, renderer.family, seen)
     if not phase.supervised:
-        findings += _rewards(loaded, phase, opened[:CHECKED_REWARDS], renderer)
+        findings += _rewards(loaded, phase, opened[:CHECKED_REWARDS], renderer, looking)
     return opened, findings
 
 
 def _open(
-    splits: Mapping[str, list[Sample]], renderer: Renderer, num_samples: int, max_share: float
+    splits: Mapping[str, list[Sample]], renderer: Renderer, looking: Looking, num_samples: int, max_share: float
 ) -> tuple[list[Opened], list[Finding]]:
     """What can be shown, and what cannot: of the training split a run puts up with a share, elsewhere with none."""
     opened, findings = [], []
@@ -187,7 +190,9 @@ def _open(
         chosen, errors = samples[: num_samples or None], []
         for sample in chosen:
             try:
-                opened.append(Opened(split=split, sample=sample, reference=reference_rollout(sample, renderer)))
+                opened.append(
+                    Opened(split=split, sample=sample, reference=reference_rollout(sample, renderer, looking=looking))
+                )
             except RftError as error:
                 errors.append(error)
         is_borne = split == "train" and len(errors) <= max_share * len(chosen)
@@ -269,7 +274,7 @@ def _until(at: str, phase: Phase, opened: Sequence[Opened]) -> Iterator[Finding]
         yield _finding("error", error, at)
 
 
-def _rewards(loaded: Loaded, phase: Phase, opened: Sequence[Opened], renderer: Renderer) -> list[Finding]:
+def _rewards(loaded: Loaded, phase: Phase, opened: Sequence[Opened], renderer: Renderer, looking: Looking) -> list[Finding]:
     """The annotation must earn the maximum, and no hostile text may beat it.
 
     It has no thoughts; where a reward asks for some, it stands behind an empty one.
@@ -284,7 +289,8 @@ def _rewards(loaded: Loaded, phase: Phase, opened: Sequence[Opened], renderer: R
         samples = [replace(o.sample, messages=tuple(renderer.messages(o.sample))) for o in chosen]
         found = check_rewards(rewards, samples, [o.reference for o in chosen])
         if found:
-            thinking = [reference_rollout(o.sample, renderer, o.prompt, fill="empty_think") for o in chosen]
+            given = {"looking": looking, "fill": "empty_think"}
+            thinking = [reference_rollout(o.sample, renderer, o.prompt, **given) for o in chosen]
             found = found if check_rewards(rewards, samples, thinking) else []
         findings += found
     rows = f"{len(opened)} rows, the annotation and {len(HOSTILE)} hostile texts of each" if opened else "no rows"
@@ -298,7 +304,7 @@ class ByteTokens:
 
     def __init__(self, specials: Sequence[str]) -> None:
         self.all_special_tokens = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", *specials]
-        self.eos_token_id = 256 + 1
+        self.eos_token, self.eos_token_id = "<|im_end|>", 256 + 1
         self._special = re.compile(f"({'|'.join(map(re.escape, self.all_special_tokens))})")
 
     def apply_chat_template(self, messages: Sequence[Any], **_: Any) -> str:

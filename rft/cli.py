@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rft import data_cli, launch_cli, slurm_cli, sweep_cli, train_cli
+from rft import data_cli, launch_cli, slurm_cli, sweep_cli, trace_cli, train_cli
 from rft.errors import RecipeError, RftError
 from rft.options import add_recipe, number
 
@@ -45,10 +45,13 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     train_cli.add(commands)
+    trace_cli.add(commands)
     evaluate = command("eval", _evaluate, "Score a checkpoint on a recipe's test split.")
     evaluate.add_argument("--checkpoint", required=True, metavar="DIR", help="a model or adapter folder, or a hub name")
     asked = "ask as in this phase; from two on also the best of them; PHASE.mix is what a phase mixes in; default: the last"
     evaluate.add_argument("--prompts", type=_names, default=(), metavar="PHASE[,PHASE]", help=asked)
+    rounds = "look so many times, at one budget of visual tokens, with controls beside the most"
+    evaluate.add_argument("--rounds", type=_rounds, default=(), metavar="1,2,3", help=rounds)
     evaluate.add_argument("--split", default="test", choices=("train", "validation", "test"))
     evaluate.add_argument("--output", metavar="FILE.json", help="write metrics and answers here")
     check = command("check", _check, "Look for what would go wrong, without a model: keys, rewards, rows, media, budgets.")
@@ -106,9 +109,22 @@ def _seeds(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
-def _evaluate(options: argparse.Namespace) -> None:
-    from rft.evaluate import evaluate
+def _rounds(text: str) -> tuple[int, ...]:
+    numbers = _seeds(text)
+    if 0 in numbers:
+        raise argparse.ArgumentTypeError("a rollout has one round at least, e.g. 1,2,3")
+    return numbers
 
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from rft.evaluate import evaluate, evaluate_rounds
+
+    if options.rounds:
+        if options.prompts:
+            raise RecipeError("--rounds", "and --prompts are two questions", "ask one of them")
+        given = {"split": options.split, "output": options.output}
+        evaluate_rounds(options.recipe, options.sets, options.checkpoint, options.rounds, **given)
+        return
     given = {"split": options.split, "output": options.output, "prompts": options.prompts}
     evaluate(options.recipe, options.sets, options.checkpoint, **given)
 
@@ -143,7 +159,7 @@ def _study(options: argparse.Namespace) -> int:
 
 
 def _show(options: argparse.Namespace) -> None:
-    from rft.recipe import load, show
+    from rft.loaded import load, show
 
     print(show(load(options.recipe, options.sets)), end="")
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -17,14 +20,19 @@ from rft.errors import DataError, RecipeError
 from rft.evaluation.baselines import best_constant, random_answer
 from rft.evaluation.best_of import Text, agreement, best, confidence, picked, surest
 from rft.evaluation.metrics import measure
-from rft.evaluation.scorecard import scorecard
+from rft.evaluation.rounds import CONTROLS, at_rounds, can_be_led, controlled, one_look, report
+from rft.evaluation.scorecard import Ahead, scorecard
 from rft.files import write_whole
 from rft.hf.generate import ModelPolicy
-from rft.hf.models import open_policy, renderer_for
+from rft.hf.models import LoadedModel, open_policy, renderer_for
 from rft.hf.together import Together
-from rft.recipe import SPLITS, Phase, Recipe, load
+from rft.loaded import Loaded, load
+from rft.perceiving import looking
+from rft.recipe import SPLITS, Phase, Recipe
 from rft.report.table import table
+from rft.rollout.perceive import Looking, Perceive
 from rft.rollout.policy import Limits
+from rft.rollout.render import Renderer
 from rft.strict import nearest
 from rft.types import Rollout, Sample
 
@@ -48,28 +56,17 @@ def evaluate(
         RecipeError: a name in `prompts` is none.
         DataError: the split is empty, holds bad rows, or a sample cannot be shown: nothing is left out in silence.
     """
-    loaded = load(name, sets)
-    recipe = loaded.recipe
+    desk = Desk.open(name, sets, checkpoint, split)
+    recipe, samples, together = desk.loaded.recipe, desk.samples, desk.together
     phases = _asked(recipe, prompts)
-    together = Together.join()
-    samples, train = (_samples(loaded, s, checkpoint) for s in (split, "train"))
-    if not samples:
-        raise DataError(f"data.{split}", "there is nothing to evaluate", f"set data.{split}")
-    policy = open_policy(checkpoint, recipe, train=False)
-    policy.model.to(f"cuda:{together.local_rank}" if torch.cuda.is_available() else "cpu").eval()
-    renderers = {named: renderer_for(recipe, policy, phase) for named, phase in phases.items()}
+    renderers = {named: renderer_for(recipe, desk.policy, phase) for named, phase in phases.items()}
     renderer = next(iter(renderers.values()))
-    samples = samples[: recipe.evaluation.max_samples or None]
-    limits = Limits(max_tokens=recipe.evaluation.max_tokens, temperature=recipe.evaluation.temperature)
-    frames = FrameStore(int(recipe.data.frame_cache_gb * 2**30), recipe.data.frame_cache_folder)
-    lens = policy.lens(frames, memory=policy.memory(frames, int(recipe.vision_memory_gb * 2**30)))
-    answering = ModelPolicy(policy.model, lens, policy.eos_ids)
-    given = {"seed": recipe.seed, "together": together}
-    with Prefetcher(frames, recipe.data.decoders(torch.cuda.is_available())) as prefetcher:
+    with desk.decoding() as ahead:
         cards = {
-            named: scorecard(samples, answering, asking, limits, ahead=prefetcher.ahead, **given)
-            for named, asking in renderers.items()
+            named: desk.card(renderers[named], desk.loaded.evaluated(phase, desk.frames.get), ahead)
+            for named, phase in phases.items()
         }
+    train = desk.train
     baselines = {}
     if train:
         baselines = {
@@ -94,6 +91,103 @@ def evaluate(
         print(table({**labelled, **rows}), flush=True)
         if output:
             write_whole(Path(output), json.dumps(result, indent=1, ensure_ascii=False))
+    return result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Desk:
+    """A checkpoint and the samples that it is to answer."""
+
+    loaded: Loaded
+    samples: Sequence[Sample]
+    train: Sequence[Sample]  # for the trivial baselines
+    policy: LoadedModel
+    frames: FrameStore
+    together: Together
+
+    @classmethod
+    def open(cls, name: str, sets: Sequence[str], checkpoint: str, split: str) -> Desk:
+        """Raises DataError when the split is empty or holds bad rows."""
+        loaded = load(name, sets)
+        recipe = loaded.recipe
+        together = Together.join()
+        samples, train = (_samples(loaded, s, checkpoint) for s in (split, "train"))
+        if not samples:
+            raise DataError(f"data.{split}", "there is nothing to evaluate", f"set data.{split}")
+        policy = open_policy(checkpoint, recipe, train=False)
+        policy.model.to(f"cuda:{together.local_rank}" if torch.cuda.is_available() else "cpu").eval()
+        frames = FrameStore(int(recipe.data.frame_cache_gb * 2**30), recipe.data.frame_cache_folder)
+        return cls(
+            loaded=loaded,
+            samples=samples[: recipe.evaluation.max_samples or None],
+            train=train,
+            policy=policy,
+            frames=frames,
+            together=together,
+        )
+
+    @contextmanager
+    def decoding(self) -> Iterator[Ahead]:
+        """Inside, whoever calls what is given has views decoded ahead."""
+        workers = self.loaded.recipe.data.decoders(torch.cuda.is_available())
+        with Prefetcher(self.frames, workers) as prefetcher:
+            yield prefetcher.ahead
+
+    def card(self, renderer: Renderer, looking: Looking, ahead: Ahead) -> tuple[dict[str, float], list[Rollout]]:
+        """Metrics and rollouts of all samples."""
+        recipe = self.loaded.recipe
+        limits = Limits(max_tokens=recipe.evaluation.max_tokens, temperature=recipe.evaluation.temperature)
+        memory = self.policy.memory(self.frames, int(recipe.vision_memory_gb * 2**30))  # what one way of looking encoded
+        lens = self.policy.lens(self.frames, memory=memory)  # is no gift to the next one that is timed
+        answering = ModelPolicy(self.policy.model, lens, self.policy.eos_ids, keeps=looking.goes_on)
+        given = {"seed": recipe.seed, "together": self.together, "looking": looking, "ahead": ahead}
+        return scorecard(self.samples, answering, renderer, limits, **given)
+
+
+def evaluate_rounds(
+    name: str, sets: Sequence[str], checkpoint: str, rounds: Sequence[int], *, split: str = "test", output: str | None = None
+) -> dict[str, Any]:
+    """The same policy with so many rounds of looking, and the controls beside the most; `output` gets it as JSON.
+
+    Visual tokens of a sample over all its rounds are the same for every number of rounds: `visual_tokens` of the recipe's
+    perception, or what its prompt alone shows. A recipe that does not look is asked as VideoChat-R1.5 asks: `iterative`,
+    with fresh prompts.
+
+    Raises:
+        DataError: the split is empty, holds bad rows, or a sample cannot be shown.
+    """
+    desk = Desk.open(name, sets, checkpoint, split)
+    recipe = desk.loaded.recipe
+    phase = recipe.phases[list(recipe.phases)[-1]]
+    renderer = renderer_for(recipe, desk.policy, phase)
+    asked = desk.loaded.evaluated(phase, desk.frames.get)
+    if asked.is_single:
+        asked = looking(Perceive(use="iterative", context="fresh"), "perception", fetch=desk.frames.get)
+    tokens = asked.budget.visual_tokens or one_look(desk.samples, renderer)
+    most, table_rows = max(rounds), {}
+    result: dict[str, Any] = {"rounds": {}, "controls": {}}
+
+    with desk.decoding() as ahead:
+
+        def measured(looks: Looking, number: int) -> dict[str, Any]:
+            began = time.monotonic()
+            metrics, rollouts = desk.card(renderer, looks, ahead)
+            return report(metrics, rollouts, number, time.monotonic() - began)
+
+        for number in sorted(set(rounds)):
+            result["rounds"][str(number)] = measured(at_rounds(asked, number, tokens), number)
+            table_rows[f"{number} round{'s' * (number > 1)}"] = result["rounds"][str(number)]
+        if most > 1 and can_be_led(desk.samples) and hasattr(asked.make(), "teach"):
+            for control in CONTROLS:
+                result["controls"][control] = measured(controlled(at_rounds(asked, most, tokens), control), most)
+                table_rows[control.replace("_", " ")] = result["controls"][control]
+    result |= {"split": split, "samples": len(desk.samples), "visual_tokens": tokens, "controls_at": most}
+    if desk.together.rank == 0:
+        print(table(table_rows, more=("visual_tokens", "valid_clues", "seconds")), flush=True)
+        if not result["controls"]:
+            print("no controls: they need 2 rounds or more, a perception with `teach`, and a clue in every annotation")
+        if output:
+            write_whole(Path(output), json.dumps(result, indent=1))
     return result
 
 

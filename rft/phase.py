@@ -35,6 +35,7 @@ from rft.recipe import Phase, Recipe
 from rft.report.rollout_log import RolloutLog
 from rft.rollout.policy import Limits
 from rft.rollout.render import Renderer
+from rft.rollout.walk import opening
 from rft.run import checkpoints
 from rft.run.cadence import Cadence
 from rft.run.history import cut_back
@@ -69,9 +70,10 @@ class PhaseRun:
         run, recipe = self.attempt, self.recipe
         limits = Limits(max_tokens=recipe.evaluation.max_tokens, temperature=recipe.evaluation.temperature)
         run.together.doing(f"evaluating on {split}")
-        answering = ModelPolicy(model, self.seen, self.policy.eos_ids)
+        looking = run.loaded.evaluated(self.phase, run.frames.get)
+        answering = ModelPolicy(model, self.seen, self.policy.eos_ids, keeps=looking.goes_on)
         ahead = {"ahead": run.prefetcher.ahead} if run.prefetcher else {}
-        given = {"seed": recipe.seed, "together": run.together, **ahead}
+        given = {"seed": recipe.seed, "together": run.together, "looking": looking, **ahead}
         return scorecard(run.evaluated(split), answering, self.renderer, limits, **given)[0]
 
 
@@ -173,11 +175,10 @@ def _room(recipe: Recipe) -> int:
 
 def _stage(this: PhaseRun) -> Stage:
     run, recipe, phase = this.attempt, this.recipe, this.phase
-    own = Voice(name="phase", renderer=this.renderer, rewards=run.loaded.rewards(phase))
+    own = _voice("phase", this, phase, this.renderer)
     mixed = None
     if phase.mixed:
-        asked = renderer_for(recipe, this.policy, phase.mixed)
-        mixed = Voice(name="mix", renderer=asked, rewards=run.loaded.rewards(phase.mixed))
+        mixed = _voice("mix", this, phase.mixed, renderer_for(recipe, this.policy, phase.mixed))
     reference = replace(this.lens, memory=this.policy.reference_memory(run.frames, _room(recipe)))
     log = RolloutLog(path=run.folder / "rollouts" / f"{this.name}-{run.together.rank}.jsonl")
     return Stage(
@@ -187,6 +188,7 @@ def _stage(this: PhaseRun) -> Stage:
         samples=askable(run, [own, mixed] if mixed else [own], this.name, phase),
         renderer=own.renderer,
         rewards=own.rewards,
+        looking=own.looking,
         mixed=mixed,
         lens=this.lens,
         reference_lens=reference if this.lens.memory is None else None,
@@ -196,6 +198,12 @@ def _stage(this: PhaseRun) -> Stage:
         vision_learns=recipe.trainable.vision or recipe.trainable.projector,
         rollout_log=log if recipe.log_rollouts else None,
     )
+
+
+def _voice(name: str, this: PhaseRun, phase: Phase, renderer: Renderer) -> Voice:
+    loaded = this.attempt.loaded
+    looking = loaded.looking(phase, this.attempt.frames.get)
+    return Voice(name=name, renderer=renderer, rewards=loaded.rewards(phase), looking=looking)
 
 
 def _checkpointing(this: PhaseRun) -> tuple[bool, str]:
@@ -240,7 +248,7 @@ def _ahead(run: Attempt, stage: Stage) -> Callable[[Sequence[int]], None]:
         for sample in (stage.samples[i] for i in indices):
             if sample.id not in run.quarantine:
                 with suppress(DataError):  # the step meets it again, and says what is wrong
-                    run.prefetcher.ahead(stage.renderer.prompt(sample).views)
+                    run.prefetcher.ahead(opening(sample, stage.renderer, stage.looking).views)
 
     return ahead
 

@@ -26,6 +26,7 @@ LEAST: Bounds = {
         "max_grad_norm": SOME,
     },
     "Mix": {"share": 0},
+    "Allowance": {"rounds": 1, **dict.fromkeys(("looks", "frames", "visual_tokens", "text_tokens", "seconds"), 0)},
     "Sampling": {"temperature": 0, "top_k": 0, "top_p": SOME, "max_tokens": 1},
     "Evaluation": {"max_tokens": 1, "temperature": 0, "max_samples": 0},
     "Clip": {"low": 0, "high": 0},

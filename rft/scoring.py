@@ -17,7 +17,7 @@ import os
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from rft.errors import RecipeError, RewardError
@@ -42,6 +42,8 @@ class Reward:
     timeout  seconds for one call, and `concurrency` calls at a time: both for `async def` functions only.
     partial  it may apply to some members of a group and not to others.
     maximum  what the annotation itself must earn, and the most that anything can; None when no such number is known.
+    only_if  the least that other rewards, by name, must have given before this one counts: a bonus for looking, say, only
+             where the answer is right. What it said is logged either way.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Reward:
     concurrency: int = 8
     partial: bool = False
     maximum: float | None = 1.0
+    only_if: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         where = f"reward {self.name!r}"
@@ -253,21 +256,21 @@ class _Call:
 
     def _accept(self, raw: Any) -> None:
         if not self.reward.is_grouped:
-            self.verdicts = (Verdict(score=_score_of(raw, 0)),)
+            self.verdicts = (Verdict(score=_score_of(raw, 0, self.rollouts[0])),)
             return
         if not (isinstance(raw, (list, tuple)) or getattr(raw, "ndim", None) == 1):
             raise _NotAReward(None, f"returned {excerpt(repr(raw))} ({type(raw).__name__})", "return a list")
         if len(raw) != len(self.rollouts):
             what = f"returned {len(raw)} values for {len(self.rollouts)} rollouts"
             raise _NotAReward(None, what, "return one value per rollout, in order; None where it does not apply")
-        scores = [_score_of(value, member) for member, value in enumerate(raw)]
+        scores = [_score_of(value, member, self.rollouts[member]) for member, value in enumerate(raw)]
         self.verdicts = tuple(Verdict(score=self._with_logs(s, member)) for member, s in enumerate(scores))
 
     def _with_logs(self, value: Score | None, member: int) -> Score | None:
         if value is None or not (self.metrics or self.extras):
             return value
         note = "; ".join(f"{k}: {values[member]}" for k, values in self.extras.items() if member < len(values))
-        return Score(value=value.value, parts={**value.parts, **self.metrics}, note=note)
+        return replace(value, parts={**value.parts, **self.metrics}, note=note)
 
     def _fail(self, exc: Exception) -> None:
         where = f"reward {self.reward.name!r}, {_where(self.sample)}"
@@ -324,20 +327,34 @@ def _scored(rollout: Rollout, scores: Sequence[tuple[Reward, Score | None]]) -> 
         parts[reward.name] = None if said is None else said.value
         if said is not None:
             parts |= {f"{reward.name}/{part}": value for part, value in said.parts.items()}
+    counted = [(r, said) for r, said in scores if said is not None and _is_met(r.only_if, parts)]
+    turns: tuple[float, ...] = ()
+    if any(said.turns for _, said in counted):
+        each = [[r.weight * v for v in said.turns or (said.value,) * len(rollout.turns)] for r, said in counted]
+        turns = tuple(map(sum, zip(*each, strict=True)))
     return Scored(
         rollout=rollout,
-        reward=sum((reward.weight * said.value for reward, said in scores if said is not None), 0.0),
+        reward=sum((reward.weight * said.value for reward, said in counted), 0.0),
         parts=parts,
+        turns=turns,
         notes={reward.name: said.note for reward, said in scores if said is not None and said.note},
     )
 
 
-def _score_of(value: Any, member: int) -> Score | None:
+def _is_met(least: Mapping[str, float], parts: Mapping[str, float | None]) -> bool:
+    return all((value := parts.get(name)) is not None and value >= bound for name, bound in least.items())
+
+
+def _score_of(value: Any, member: int, rollout: Rollout) -> Score | None:
     if value is None:
         return None
     given = value if isinstance(value, Score) else Score(value=value)
     parts = {part: _number(number, member, f" as part {part!r}") for part, number in given.parts.items()}
-    return Score(value=_number(given.value, member), parts=parts, note=given.note)
+    turns = tuple(_number(number, member, f" for turn {turn}") for turn, number in enumerate(given.turns))
+    if turns and len(turns) != len(rollout.turns):
+        what = f"returned {len(turns)} values for the {len(rollout.turns)} turns of a rollout"
+        raise _NotAReward(member, what, "give `turns` one value per turn, or leave it out")
+    return Score(value=_number(given.value, member), turns=turns, parts=parts, note=given.note)
 
 
 def _number(value: Any, member: int, where: str = "") -> float:

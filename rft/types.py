@@ -161,20 +161,29 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """What a reward may return in place of a float: `parts` and `note` go to the rollout log."""
+    """What a reward may return in place of a float: `parts` and `note` go to the rollout log.
+
+    `turns` says what each turn was worth, where that is known; `value` is the trajectory's either way.
+    """
 
     value: float
+    turns: tuple[float, ...] = ()
     parts: Mapping[str, float] = field(default_factory=dict)
     note: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scored:
-    """A rollout and what it was worth. `parts` holds each reward by name; None means that it did not apply."""
+    """A rollout and what it was worth. `parts` holds each reward by name; None means that it did not apply.
+
+    `turns` is what each turn was worth: a reward that knows turns apart counts with the turn's own value, the others with
+    the trajectory's. () is the trajectory's reward for every turn.
+    """
 
     rollout: Rollout
     reward: float
     parts: Mapping[str, float | None]
+    turns: tuple[float, ...] = ()
     notes: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -189,8 +198,9 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Example:
-    """A rollout as per-token columns of equal length T, with its credit.
+    """A rollout as per-token columns of equal length T, with its credit; one per prompt, where the world asked anew.
 
+    Examples of one rollout stand one after the other, and all but the first continue it: they are one row of the loss.
     `advantages_T` is 0 and `sampler_T` NaN where they do not exist: a log-prob of 0.0 would mean "probability one".
     """
 
@@ -201,6 +211,7 @@ class Example:
     sampler_T: np.ndarray  # float32
     views: tuple[View, ...] = ()
     weight: float = 1.0  # 0 leaves the row out of the loss and in the group's statistics
+    continues: bool = False  # a later prompt of the rollout that the example before it began
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

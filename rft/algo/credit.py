@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from rft.algo import advantages as estimators
-from rft.types import AUTHOR_CODES, WORLD, Example, Group, Rollout, Scored
+from rft.types import AUTHOR_CODES, Example, Group, Rollout, Scored
 
 Estimator = Callable[..., Tensor]
 Accuracy = Mapping[str, float]  # weight by name, of the rewards that say how right an answer is
+Per = Literal["rollout", "turn"]
 
 
 def credit(
@@ -20,23 +23,60 @@ def credit(
     estimator: Estimator | None,
     *,
     accuracy: Accuracy | None = None,
+    per: Per = "rollout",
     mask_truncated: bool = False,
+    mask_over_turns: bool = False,
     **params: object,
 ) -> tuple[Example, ...]:
-    """One example per member, in order; every trained token of a member carries the member's advantage.
+    """The examples of each member, in order: one, or one per prompt where the world asked anew.
+
+    Every trained token of a member carries the member's advantage; with `per="turn"` that of its turn, where what each
+    member's first turn was worth is compared with the other first turns, and so on. A turn that one member alone had has
+    advantage 0.
 
     `estimator` None is supervised training: advantages are 0 and the objective does not look at them. Estimators that
     reshape rewards reshape the part that `accuracy` names and leave the rest, a format reward, say, as it is; with None
     they reshape the total. With `mask_truncated` a rollout that was cut at the limit keeps its place in the group's
-    statistics and has weight 0.
+    statistics and has weight 0; with `mask_over_turns` so does one that would have looked further than it may.
     """
-    given = [0.0] * len(group.members)
+    given = [[0.0] * len(m.rollout.turns) for m in group.members]
     if estimator is not None and not group.muted:
-        given = advantages(group, estimator, accuracy=accuracy, **params)
+        given = turn_advantages(group, estimator, accuracy=accuracy, per=per, **params)
+    left_out = {stop for stop, is_masked in (("length", mask_truncated), ("turns", mask_over_turns)) if is_masked}
     return tuple(
-        example(m.rollout, a, weight=0.0 if mask_truncated and m.rollout.stop == "length" else 1.0)
-        for m, a in zip(group.members, given, strict=True)
+        one
+        for m, turns in zip(group.members, given, strict=True)
+        for one in examples(m.rollout, turns, weight=0.0 if m.rollout.stop in left_out else 1.0)
     )
+
+
+def by_rollout(found: Sequence[Example]) -> list[tuple[Example, ...]]:
+    """Examples of the same rollout together, in order."""
+    rollouts: list[tuple[Example, ...]] = []
+    for one in found:
+        if one.continues:
+            rollouts[-1] += (one,)
+        else:
+            rollouts.append((one,))
+    return rollouts
+
+
+def turn_advantages(
+    group: Group, estimator: Estimator, *, accuracy: Accuracy | None = None, per: Per = "rollout", **params: object
+) -> list[list[float]]:
+    """The advantage of each turn of each member; the arguments are those of `credit`."""
+    lengths = [len(m.rollout.turns) for m in group.members]
+    if per == "rollout":
+        return [[a] * n for a, n in zip(advantages(group, estimator, accuracy=accuracy, **params), lengths, strict=True)]
+    given: list[list[float]] = [[] for _ in lengths]
+    for turn in range(max(lengths, default=0)):
+        there = [i for i, n in enumerate(lengths) if n > turn]
+        members = [group.members[i] for i in there]
+        told = replace(group, members=tuple(replace(m, reward=m.turns[turn] if m.turns else m.reward) for m in members))
+        worth = advantages(told, estimator, accuracy=accuracy, **params) if len(there) > 1 else [0.0]
+        for i, a in zip(there, worth, strict=True):
+            given[i].append(a)
+    return given
 
 
 def advantages(group: Group, estimator: Estimator, *, accuracy: Accuracy | None = None, **params: object) -> list[float]:
@@ -66,23 +106,32 @@ def is_annotation(rollout: Rollout) -> bool:
     return next((s.author for s in reversed(rollout.segments) if s.author != "world"), "world") == "reference"
 
 
-def example(rollout: Rollout, advantage: float, *, weight: float = 1.0) -> Example:
-    """A rollout as columns: `advantage` where someone is trained, 0 on what the world wrote."""
-    ids, authors, sampler = [], [], []
-    for segment in rollout.segments:
-        ids.extend(segment.ids)
-        authors.extend([AUTHOR_CODES[segment.author]] * len(segment.ids))
-        sampler.extend(segment.logprobs if segment.logprobs is not None else [float("nan")] * len(segment.ids))
-    authors_T = np.asarray(authors, dtype=np.int8)
-    return Example(
-        sample_id=rollout.sample_id,
-        ids_T=np.asarray(ids, dtype=np.int64),
-        authors_T=authors_T,
-        advantages_T=np.where(authors_T == WORLD, 0.0, advantage).astype(np.float32),
-        sampler_T=np.asarray(sampler, dtype=np.float32),
-        views=rollout.views,
-        weight=weight,
-    )
+def examples(rollout: Rollout, advantages: Sequence[float], *, weight: float = 1.0) -> tuple[Example, ...]:
+    """A rollout as columns, once per prompt: the advantage of its turn where someone is trained, 0 where the world wrote."""
+    found: list[Example] = []
+    turn, was_world = -1, True
+    for segments in rollout.rounds:
+        ids, authors, sampler, given = [], [], [], []
+        for segment in segments:
+            is_world = segment.author == "world"
+            turn, was_world = turn + (was_world and not is_world), is_world
+            ids.extend(segment.ids)
+            authors.extend([AUTHOR_CODES[segment.author]] * len(segment.ids))
+            sampler.extend(segment.logprobs if segment.logprobs is not None else [float("nan")] * len(segment.ids))
+            given.extend([0.0 if is_world else advantages[turn]] * len(segment.ids))
+        found.append(
+            Example(
+                sample_id=rollout.sample_id,
+                ids_T=np.asarray(ids, dtype=np.int64),
+                authors_T=np.asarray(authors, dtype=np.int8),
+                advantages_T=np.asarray(given, dtype=np.float32),
+                sampler_T=np.asarray(sampler, dtype=np.float32),
+                views=tuple(v for s in segments for v in s.views),
+                weight=weight,
+                continues=bool(found),
+            )
+        )
+    return tuple(found)
 
 
 def batch_std(values: Sequence[Sequence[float]]) -> float:

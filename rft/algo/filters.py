@@ -26,7 +26,7 @@ def why_no_signal(group: Group, advantages: Sequence[float] | None = None) -> st
     Members with the same rewards, part by part, teach nothing either, whatever an estimator makes of who wrote them.
     """
     rewards = [m.reward for m in group.members]
-    parts = [(m.reward, dict(m.parts)) for m in group.members]
+    parts = [(m.reward, dict(m.parts), m.turns) for m in group.members]
     is_signal = any(advantages) if advantages is not None else max(rewards) != min(rewards)
     if is_signal and any(part != parts[0] for part in parts):
         return ""

@@ -25,8 +25,12 @@ def activation_bytes(text: Any, itemsize: int) -> int:
 def most_tokens(recipe: Recipe, phase: Phase, *, packed: bool) -> int:
     """Tokens of the largest forward that a phase can ask for."""
     size = 1 if phase.supervised else phase.group_size
-    written = size * phase.sampling.max_tokens
+    looking = recipe.perception_of(phase)
+    rounds = 1 if looking.use == "single" else looking.budget.rounds
+    written = size * rounds * phase.sampling.max_tokens
     group = recipe.max_prompt_tokens * (1 if packed else size) + written
+    if rounds > 1:  # what is looked at differs from member to member, whether it is appended or asked anew
+        group += size * (rounds - 1) * recipe.max_prompt_tokens
     return phase.groups_per_device * group  # in several passes, too: where a model is sharded one backward keeps them all
 
 

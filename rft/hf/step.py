@@ -6,7 +6,7 @@ Functions of (model, groups, stage): the trainer only binds them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from rft.algo import ESTIMATORS, OBJECTIVES
-from rft.algo.credit import accuracy_of, advantages, batch_std, compared, credit
+from rft.algo.credit import accuracy_of, batch_std, by_rollout, compared, credit, turn_advantages
 from rft.algo.diagnostics import describe
 from rft.algo.filters import mute
 from rft.algo.guidance import is_certain, wants_seat
@@ -33,10 +33,11 @@ from rft.quarantine import Quarantine
 from rft.recipe import Phase
 from rft.report.rollout_log import RolloutLog
 from rft.rollout.guided import Guide
+from rft.rollout.perceive import Looking
 from rft.rollout.policy import Limits, stream_key
 from rft.rollout.reference import reference_rollout
 from rft.rollout.render import Renderer
-from rft.rollout.single import roll_out
+from rft.rollout.walk import opening, roll_out
 from rft.scoring import Reward, score
 from rft.types import REFERENCE, WORLD, Batch, Example, Group, Pack, Rollout, Sample, Scored, Segment
 
@@ -62,6 +63,7 @@ class Stage:
     samples: Sequence[Sample]
     renderer: Renderer
     rewards: Sequence[Reward]
+    looking: Looking = field(default_factory=Looking)
     mixed: Voice | None = None
     lens: Lens
     reference_lens: Lens | None = None  # of the reference model, where its vision tower is another one
@@ -86,7 +88,7 @@ class Stage:
     @property
     def own(self) -> Voice:
         """The phase's own prompts and rewards."""
-        return Voice(name="phase", renderer=self.renderer, rewards=self.rewards)
+        return Voice(name="phase", renderer=self.renderer, rewards=self.rewards, looking=self.looking)
 
     def voice(self, sample: Sample, step: int) -> Voice:
         """What the groups of this sample are asked with at this step: the same on any rank, and in a refill."""
@@ -142,12 +144,13 @@ class Stage:
         begin = self._draw(step, sample.id, "in place of")
         for place in range(len(self.samples) + 1):
             if sample.id not in self.quarantine:
-                renderer = self.voice(sample, step).renderer
+                voice = self.voice(sample, step)
                 try:
-                    prompt = renderer.prompt(sample)
+                    asked = replace(sample, messages=tuple(voice.renderer.messages(sample)))
+                    prompt = opening(asked, voice.renderer, voice.looking)
                     for view in prompt.views:
                         self.lens.frames.get(view)  # headers can be sound and frames not
-                    return replace(sample, messages=tuple(renderer.messages(sample))), prompt
+                    return asked, prompt
                 except DataError as error:
                     self.quarantine.add(sample.id, error)
             sample = self.samples[(begin + place) % len(self.samples)]
@@ -159,7 +162,10 @@ class Stage:
 
     def annotate(self, samples: Sequence[Sample], prompts: Sequence[Segment], step: int) -> list[Group]:
         """Supervised groups: the annotation is the only member, and nobody scores it."""
-        rollouts = [reference_rollout(s, self.voice(s, step).renderer, p) for s, p in zip(samples, prompts, strict=True)]
+        rollouts = []
+        for sample, prompt in zip(samples, prompts, strict=True):
+            voice = self.voice(sample, step)
+            rollouts.append(reference_rollout(sample, voice.renderer, prompt, looking=voice.looking))
         return [
             Group(sample=s, members=(Scored(rollout=r, reward=0.0, parts={}),)) for s, r in zip(samples, rollouts, strict=True)
         ]
@@ -177,7 +183,8 @@ class Stage:
 
         The log describes what was sampled first: guiding and refilling change what is trained on, not how the policy did.
         """
-        policy = ModelPolicy(model, self.lens, self.eos_ids, weights=step)
+        goes_on = any(voice.looking.goes_on for voice in (self.own, self.mixed) if voice)
+        policy = ModelPolicy(model, self.lens, self.eos_ids, weights=step, keeps=goes_on)
         size, guidance = self.phase.group_size, self.phase.guidance
 
         def judged(voice: Voice, pairs: Sequence[tuple[Sample, Sequence[Rollout]]]) -> Sequence[Group]:
@@ -199,8 +206,14 @@ class Stage:
             ]
             sizes = [size - (w and is_certain(guidance)) for w in wanted]
             together.doing("rolling out", [s.id for s in samples])
-            rollouts = roll_out(samples, prompts, sizes, policy=policy, renderer=self.renderer, limits=self.limits, draw=draw)
             voices = [self.voice(s, step) for s in samples]
+
+            def rolled_out(voice: Voice, places: list[int]) -> list[tuple[Rollout, ...]]:
+                columns = ([column[i] for i in places] for column in (samples, prompts, sizes))
+                given = {"renderer": voice.renderer, "looking": voice.looking}
+                return roll_out(*columns, policy=policy, limits=self.limits, draw=draw, **given)
+
+            rollouts = apart(voices, rolled_out)
             alone = apart(voices, lambda voice, places: judged(voice, [(samples[i], rollouts[i]) for i in places]))
             if guidance is None:
                 return alone, list(mute(alone, self.advantages))
@@ -211,6 +224,7 @@ class Stage:
                     size=size,
                     policy=policy,
                     renderer=voice.renderer,
+                    looking=voice.looking,
                     limits=self.limits,
                     judge=partial(judged, voice),
                     compares_siblings=any(r.per == "group" for r in voice.rewards),
@@ -244,11 +258,12 @@ class Stage:
         self.rollout_log.write(step, groups, examples, prompts=[self.voice(g.sample, step).name for g in groups])
 
     def advantages(self, group: Group) -> list[float]:
-        """What the phase's estimator gives the members of a group, up to a scale where that is the batch's."""
+        """What the phase's estimator gives the turns of a group's members, up to a scale where that is the batch's."""
         params = dict(self.phase.estimator_args)
         if params.get("std") == "batch":
             params["batch_std"] = 1.0
-        return advantages(group, ESTIMATORS[self.phase.estimator], accuracy=self._shaped, **params)
+        given = {"accuracy": self._shaped, "per": self.phase.credit, **params}
+        return [a for turns in turn_advantages(group, ESTIMATORS[self.phase.estimator], **given) for a in turns]
 
     @property
     def _shaped(self) -> dict[str, float] | None:
@@ -264,8 +279,9 @@ class Stage:
         if params.get("std") == "batch":
             mine = [compared(g, estimator, accuracy=accuracy, **params) for g in groups]
             params["batch_std"] = batch_std([values for theirs in together.gather(mine) for values in theirs])
-        truncated = self.phase.mask_truncated
-        return [credit(g, estimator, accuracy=accuracy, mask_truncated=truncated, **params) for g in groups]
+        given = {"per": self.phase.credit, "mask_truncated": self.phase.mask_truncated}
+        given["mask_over_turns"] = self.phase.mask_over_turns
+        return [credit(g, estimator, accuracy=accuracy, **given, **params) for g in groups]
 
     def pack(self, examples: Sequence[Example]) -> Pack:
         """A group on the family's clock."""
@@ -318,11 +334,12 @@ class Stage:
         seen = sum(int((e.authors_T != WORLD).sum()) for e in taught)
         reference = 0 if self.phase.supervised else sum(int((e.authors_T == REFERENCE).sum()) for e in taught)
         forwards = -(-len(packs) // self.phase.groups_per_device)
-        rows, tokens, seen, forwards, reference = together.total([len(examples), tokens, seen, forwards, reference])
+        rows = sum(not e.continues for e in examples)
+        rows, tokens, seen, forwards, reference = together.total([rows, tokens, seen, forwards, reference])
         kinds = together.union({v.kind for p in packs if self.teaches(p) for n in p.nodes for v in n.views})
         if self.vision_learns:
             kinds = kinds or {"image"}
-        limit = self.phase.sampling.max_tokens
+        limit = self.phase.sampling.max_tokens * self.looking.budget.rounds
         normaliser = Normaliser(rows=rows, tokens=tokens, seen=seen, reference=reference, forwards=forwards, max_tokens=limit)
         return Agreement(normaliser=normaliser, kinds=frozenset(kinds))
 
@@ -376,7 +393,8 @@ def columns_of(batches: Sequence[Batch], logprobs_N: Tensor, *, guided: bool = F
     """The flat columns of a forward over these batches; with `guided` they say what the annotation wrote."""
     device = logprobs_N.device
     examples = [e for b in batches for e in b.pack.examples]
-    lengths = [int((e.authors_T != WORLD).sum()) for e in examples]
+    rows = by_rollout(examples)
+    lengths = [sum(int((e.authors_T != WORLD).sum()) for e in row) for row in rows]
 
     def known(name: str) -> Tensor | None:
         values = [value for b in batches if (value := getattr(b, name)) is not None]
@@ -386,7 +404,7 @@ def columns_of(batches: Sequence[Batch], logprobs_N: Tensor, *, guided: bool = F
         logprobs_N=logprobs_N,
         advantages_N=torch.from_numpy(_trained(batches, "advantages_T")).to(device),
         row_N=torch.repeat_interleave(torch.tensor(lengths, dtype=torch.int64)).to(device),
-        weight_R=torch.tensor([e.weight for e in examples], dtype=torch.float32, device=device),
+        weight_R=torch.tensor([row[0].weight for row in rows], dtype=torch.float32, device=device),
         old_N=known("old_N"),
         ref_N=known("ref_N"),
         sampler_N=torch.from_numpy(_trained(batches, "sampler_T")).to(device),

@@ -1,11 +1,12 @@
-"""How a group is asked: prompts, and the rewards of what they ask for. A phase may have two such voices."""
+"""How a group is asked: prompts, what is looked at, and the rewards of what they ask for. A phase may have two such voices."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
+from rft.rollout.perceive import Looking
 from rft.rollout.render import Renderer
 from rft.scoring import Reward
 
@@ -19,6 +20,7 @@ class Voice:
     name: str
     renderer: Renderer
     rewards: Sequence[Reward]
+    looking: Looking = field(default_factory=Looking)
 
 
 def apart(voices: Sequence[Voice], work: Callable[[Voice, list[int]], Sequence[T]]) -> list[T]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 COLUMNS = (
     "miou", "r1@0.3", "r1@0.5", "r1@0.7", "box_iou", "box@0.5", "accuracy", "mr_map", "mr_map@0.5", "mr_map@0.75",
@@ -10,9 +10,9 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def table(rows: Mapping[str, Mapping[str, float]]) -> str:
-    """A line per label, a column per metric that any of them has."""
-    columns = [c for c in COLUMNS if any(c in metrics for metrics in rows.values())]
+def table(rows: Mapping[str, Mapping[str, float]], more: Sequence[str] = ()) -> str:
+    """A line per label, a column per metric that any of them has, and those named in `more`."""
+    columns = [c for c in (*COLUMNS, *more) if any(c in metrics for metrics in rows.values())]
     width = max([14, *map(len, rows)])
     wide = {c: max(9, len(c) + 2) for c in columns}
     lines = [" " * width + "".join(f"{c:>{wide[c]}}" for c in columns)]

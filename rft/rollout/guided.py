@@ -7,15 +7,16 @@ the last member either way.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 from rft.algo.guidance import Guidance, drawn_index, hint_length, opens
-from rft.rollout.policy import Context, Limits, Policy, stream_key
+from rft.rollout.perceive import Looking
+from rft.rollout.policy import Limits, Policy, stream_key
 from rft.rollout.reference import drawn_variant, reference_rollout
 from rft.rollout.render import Renderer
+from rft.rollout.walk import roll_out
 from rft.types import Group, Rollout, Sample, Scored, Segment
 
 Judge = Callable[[Sequence[tuple[Sample, Sequence[Rollout]]]], Sequence[Group]]
@@ -33,6 +34,7 @@ class Guide:
     size: int  # of a full group
     policy: Policy
     renderer: Renderer
+    looking: Looking
     limits: Limits
     judge: Judge
     compares_siblings: bool  # some reward looks at the whole group: all are judged again when a member joins
@@ -71,43 +73,34 @@ class Guide:
     def _reference(self, group: Group, prompt: Segment) -> Rollout:
         best = max(group.members, key=self.accuracy).rollout if group.members else None
         g = self.guidance
-        return reference_rollout(self._told(group.sample, prompt), self.renderer, prompt, fill=g.fill, field=g.field, best=best)
+        told = self._told(group.sample, prompt)
+        given = {"looking": self.looking, "fill": g.fill, "field": g.field, "best": best}
+        return reference_rollout(told, self.renderer, prompt, **given)
 
     def _told(self, sample: Sample, prompt: Segment) -> Sample:
         """The sample with the spans that its annotation names in this group: the same ones for every hint."""
         return drawn_variant(sample, self.guidance, self.renderer, prompt, partial(self._uniform, sample))
 
     def _hinted(self, groups: list[Group], prompts: Sequence[Segment], failing: Sequence[int]) -> list[Group]:
-        """Failing groups are sampled again behind more and more of the annotation, until a member passes or hints end."""
-        met: Counter[str] = Counter()
-        again = []
-        for group in groups:  # a sample met twice is explored twice, not copied
-            again.append(met[group.sample.id])
-            met[group.sample.id] += 1
+        """Failing groups are sampled again behind more and more of the annotation's first turn, until a member passes."""
         for level in self.guidance.hints:
-            contexts = []
+            hints = []
             for i in failing:
                 told = self._told(groups[i].sample, prompts[i])
-                whole = reference_rollout(told, self.renderer, prompts[i]).segments[-1].ids
-                hint = self.renderer.reply("reference", whole[: hint_length(level, len(whole))])
-                contexts += [
-                    Context(
-                        segments=(prompts[i], hint),
-                        key=stream_key(*self.draw, groups[i].sample.id, "hint", again[i], level, row),
-                    )
-                    for row in range(self.size)
-                ]
-            replies = self.policy.extend(contexts, self.limits) if contexts else []
-            rollouts = [
-                Rollout(
-                    sample_id=groups[failing[k // self.size]].sample.id,
-                    segments=(*context.segments, self.renderer.reply("policy", reply.ids, logprobs=reply.logprobs)),
-                    stop=reply.stop,
-                    weights=reply.weights,
-                )
-                for k, (context, reply) in enumerate(zip(contexts, replies, strict=True))
-            ]
-            pairs = [(groups[i].sample, tuple(rollouts[k * self.size : (k + 1) * self.size])) for k, i in enumerate(failing)]
+                whole = reference_rollout(told, self.renderer, prompts[i], looking=self.looking).segments[1].ids
+                hints.append(self.renderer.reply("reference", whole[: hint_length(level, len(whole))]))
+            rollouts = roll_out(
+                [groups[i].sample for i in failing],
+                [prompts[i] for i in failing],
+                [self.size] * len(failing),
+                policy=self.policy,
+                renderer=self.renderer,
+                limits=self.limits,
+                draw=(*self.draw, "hint", level),
+                looking=self.looking,
+                hints=hints,
+            )
+            pairs = [(groups[i].sample, rolled) for i, rolled in zip(failing, rollouts, strict=True)]
             for i, group in zip(failing, self.judge(pairs) if pairs else (), strict=True):
                 groups[i] = group
             failing = [i for i in failing if opens(self.guidance, [self.accuracy(m) for m in groups[i].members])]

@@ -12,7 +12,9 @@ from rft import geometry, parsing
 from rft.algo.guidance import Fill, Guidance, drawn_index
 from rft.data.readings import readings, retold
 from rft.errors import DataError
+from rft.rollout.perceive import ONCE, Looking
 from rft.rollout.render import Renderer
+from rft.rollout.walk import opening, taught
 from rft.types import Rollout, Sample, Segment
 
 TRIES = 64  # of a jitter that is not read back well enough; a span from 0 to the end of its video takes 5 on average
@@ -24,20 +26,34 @@ def reference_rollout(
     renderer: Renderer,
     prompt: Segment | None = None,
     *,
+    looking: Looking = ONCE,
     fill: Fill = "answer_only",
     field: str = "",
     best: Rollout | None = None,
 ) -> Rollout:
     """The prompt, then the annotation by the task's answer template, ending in the policy's end-of-turn token.
 
+    Where rollouts look, the annotation does too: its clue is the look, and its answer the last turn (`Perception.teach`).
     `fill` says what stands before the answer. With `splice_think` it is what the policy's `best` rollout wrote before its
     own answer, still the policy's, token for token; where that did not think, the answer stands alone.
 
     Raises:
-        DataError: the row has no answer or no column `field`, or its media cannot be read.
+        DataError: the row has no answer or no column `field`, its media cannot be read, or its look cannot be shown.
     """
-    prompt = prompt or renderer.prompt(sample)
-    answer = renderer.answer_text(sample)
+
+    def write(text: str, *, is_last: bool, is_cut: bool) -> list[Segment]:
+        taken, text = _filled(text, sample, renderer, fill, field, best) if is_last else (None, text)
+        ids = (*renderer.encode(text), *(() if is_cut else (renderer.eos,)))
+        return [*([taken] if taken else []), renderer.reply("reference", ids)]
+
+    prompt = prompt or opening(sample, renderer, looking)
+    return taught(sample, prompt, renderer, looking, write)
+
+
+def _filled(
+    answer: str, sample: Sample, renderer: Renderer, fill: Fill, field: str, best: Rollout | None
+) -> tuple[Segment | None, str]:
+    """What the policy wrote before the answer, if it is to stand there, and the text that the annotation adds."""
     if fill == "empty_think":
         answer = f"<think></think>{answer}"
     elif fill == "from_field":
@@ -45,13 +61,10 @@ def reference_rollout(
             do = "add it, or choose another guidance.fill"
             raise DataError(f"sample {sample.id}", f"column {field!r} holds no rationale", do)
         answer = f"<think>{thought}</think>{answer}"
-    segments = [prompt]
     if fill == "splice_think" and best is not None:
         taken, rest = _thought(best, renderer)
-        segments += [taken] if taken else []
-        answer = rest + answer
-    ids = (*renderer.encode(answer), renderer.eos)
-    return Rollout(sample_id=sample.id, segments=(*segments, renderer.reply("reference", ids)), stop="answered")
+        return taken, rest + answer
+    return None, answer
 
 
 def variants(sample: Sample, guidance: Guidance) -> tuple[Sample, ...]:
@@ -111,7 +124,7 @@ def _read_spans(text: str, key: str) -> Sequence[tuple[float, float]]:
 
 
 def _thought(best: Rollout, renderer: Renderer) -> tuple[Segment | None, str]:
-    """What a single-turn rollout wrote before its answer: whole tokens of the policy's, and the text that is left of it.
+    """What a rollout wrote in its last turn before its answer: whole tokens of the policy's, and the text that is left of it.
 
     A token may reach over the place where the answer begins (`><` is one, often): it is left to whoever goes on.
     """

@@ -64,6 +64,45 @@ class Renderer:
             where = error.where if error.where != "budget" else sample.media[index].name
             raise DataError(f"{_at(sample)}, {where}", error.what, error.do) from error
 
+    def question(self, sample: Sample) -> str:
+        """What the sample's own prompt asks last, in words."""
+        return "\n".join(_texts([m for m in self.messages(sample) if m["role"] == "user"][-1:]))
+
+    def anew(self, sample: Sample, views: Sequence[View], text: str | None = None) -> Segment:
+        """A new prompt: what the sample's own says before its question, then `views` and `text`, or its own question.
+
+        Raises DataError when the text holds special tokens.
+        """
+        *before, _ = self.messages(sample)
+        told = [{"role": m["role"], "content": _parts((), "\n".join(_texts([m])))} for m in before]
+        asked = {"role": "user", "content": _parts(views, self.question(sample) if text is None else text)}
+        self._refuse_specials(_texts([*told, asked]), sample)
+        text = self.tokenizer.apply_chat_template([*told, asked], tokenize=False, add_generation_prompt=True)
+        return self._world(_expand(text, views, self.family, sample), views, sample, is_fresh=True)
+
+    def next_turn(self, sample: Sample, views: Sequence[View], text: str) -> Segment:
+        """What stands between a reply that has ended and the next one: `views` and `text` as a message of the user."""
+        mark = "(here the reply stands)"
+        said = (("user", _parts((), "?")), ("assistant", _parts((), mark)), ("user", _parts(views, text)))
+        talk = [{"role": role, "content": content} for role, content in said]
+        whole = self.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+        behind = whole.partition(mark)[2].removeprefix(self.tokenizer.eos_token)
+        return self._world(_expand(behind, views, self.family, sample), views, sample)
+
+    def inline(self, sample: Sample, views: Sequence[View]) -> Segment:
+        """`views` in the middle of a reply, between the family's marks and nothing else."""
+        start, end = self.family.vision_start, self.family.vision_end
+        shown = [start + self.family.placeholder_text(v.kind, v.grid, v.pair_seconds) + end for v in views]
+        return self._world("".join(shown), views, sample)
+
+    def harmless(self, text: str) -> str:
+        """The text without special tokens, which would be read as media or as the end of a turn."""
+        specials = (*self.tokenizer.all_special_tokens, *self.family.placeholders)
+        while any(special in text for special in specials):  # taking one out may join the halves of another
+            for special in specials:
+                text = text.replace(special, "")
+        return text
+
     def _shrunk(self, sample: Sample, views: Sequence[View], text: int) -> list[View]:
         """Views that fit beside `text` tokens: all media above one level come down to it, as far as they can."""
         views, able = list(views), set(range(len(views)))
@@ -173,7 +212,11 @@ class Renderer:
         self._refuse_specials(_texts(messages), sample)
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         text = _expand(text, views, self.family, sample)
-        segment = Segment(author="world", text=text, ids=tuple(self.encode(text)), views=tuple(views))
+        return self._world(text, views, sample)
+
+    def _world(self, text: str, views: Sequence[View], sample: Sample, *, is_fresh: bool = False) -> Segment:
+        ids = tuple(self.encode(text))
+        segment = Segment(author="world", text=text, ids=ids, views=tuple(views), is_fresh=is_fresh)
         pads = {self.tokenizer.convert_tokens_to_ids(p) for p in (self.family.image_pad, self.family.video_pad)}
         placed, wanted = sum(i in pads for i in segment.ids), sum(v.tokens for v in views)
         if placed != wanted:
@@ -190,6 +233,10 @@ def _at(sample: Sample) -> str:
 
 def _system(prompt: Prompt) -> list[dict[str, Any]]:
     return [{"role": "system", "content": [{"type": "text", "text": prompt.system}]}] if prompt.system else []
+
+
+def _parts(views: Sequence[View], text: str) -> list[dict[str, Any]]:
+    return [*({"type": v.kind} for v in views), {"type": "text", "text": text}]
 
 
 def _level(costs: Sequence[int], room: int) -> int:

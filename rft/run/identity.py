@@ -26,7 +26,7 @@ def identity(recipe: Mapping[str, Any], data: Mapping[str, Path], rewards: Mappi
     """Plain values that are equal for equal runs.
 
     `recipe` is the resolved tree, `data` the file of each split, `rewards` each reward's path.py:function or
-    module:function. Files count by their contents and not by their names.
+    module:function; perceptions are found in the tree. Files count by their contents and not by their names.
     """
     values = json.loads(json.dumps(recipe))  # tuples and lists alike
     for key in FREE:
@@ -40,11 +40,22 @@ def identity(recipe: Mapping[str, Any], data: Mapping[str, Path], rewards: Mappi
     for name in rewards:
         function = values["rewards"][name]["use"].rpartition(":")[2]
         values["rewards"][name]["use"] = function
+    perceptions = sorted({use for node in _perceptions(values) if ":" in (use := node["use"])})
+    for node in _perceptions(values):
+        node["use"] = node["use"].rpartition(":")[2]
     return {
         "recipe": values,
         "data": {split: _digest(path) for split, path in data.items()},
         "rewards": {name: _digest(source) if (source := _source(use)) else use for name, use in rewards.items()},
+        "perceptions": [_digest(source) if (source := _source(use)) else use for use in perceptions],
     }
+
+
+def _perceptions(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every perception of a resolved tree, in order."""
+    phases = list((recipe.get("phases") or {}).values())
+    found = [recipe.get("perception"), *(p.get(key) for p in phases for key in ("perception", "evaluated"))]
+    return [node for node in (*found, *((p.get("mix") or {}).get("perception") for p in phases)) if node]
 
 
 def settle(folder: Path, mine: Mapping[str, Any], *, allow_drift: bool) -> str:

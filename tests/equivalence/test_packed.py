@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rft.algo import ESTIMATORS
-from rft.algo.credit import credit, example
+from rft.algo.credit import credit, examples
 from rft.algo.losses import KL
 from rft.data.budget import Budget
 from rft.data.clock import modalities
@@ -138,7 +138,8 @@ def examples_of(sample: Sample, prompt: Segment, lengths: Sequence[int], seed: i
     """One answer per length; advantages that differ and sum to 0."""
     draw = np.random.default_rng(seed)
     rollouts = [Rollout(sample_id=sample.id, segments=(prompt, answer(draw, length))) for length in lengths]
-    return [example(r, a) for r, a in zip(rollouts, np.linspace(-1, 1, len(rollouts)) + (len(rollouts) == 1), strict=True)]
+    given = np.linspace(-1, 1, len(rollouts)) + (len(rollouts) == 1)
+    return [one for r, a in zip(rollouts, given, strict=True) for one in examples(r, [a])]
 
 
 def packs_of(stage: Stage, groups: dict[int, Sequence[int]]) -> list[Pack]:
@@ -564,7 +565,7 @@ def test_looking_again_is_a_branch_like_any_other(bench: Bench, mixed: Path) -> 
     """Images in branches below a clip, deepstack included: packed, expanded, and the library row by row."""
     stage, model = bench.stage, bench.model
     _, rollouts = looks(stage, mixed)
-    pack = stage.pack([example(r, a) for r, a in zip(rollouts, (1.0, -1.0, 0.5, -0.5), strict=True)])
+    pack = stage.pack([one for r, a in zip(rollouts, (1.0, -1.0, 0.5, -0.5), strict=True) for one in examples(r, [a] * 3)])
     assert [n.parent for n in pack.nodes] == [-1, 0, 1, 2, 2, 1, 0]
     assert [[v.kind for v in n.views] for n in pack.nodes] == [["video"], [], ["image"], [], [], ["image"], []]
     ours = assert_packed_is_expanded(model, [pack], stage.lens)

@@ -16,7 +16,7 @@ from rft.evaluate import evaluate
 from rft.families import FAMILIES
 from rft.hf.architectures import ARCHITECTURES, on_meta
 from rft.hf.models import freeze, part_of
-from rft.recipe import load
+from rft.loaded import load
 from rft.train import main, train
 from tests.videos import spaced, write_video
 
@@ -60,7 +60,14 @@ def stand_ins(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         Image.fromarray(np.full((60, 80, 3), 40 * i, dtype=np.uint8)).save(root / f"{i}.png")
         pictures.append({"id": str(i), "image": f"{i}.png", "question": "the grey", "answer": {"box": [10, 10, 50, 40]}})
     choices = [{**c, "options": ["yes", "no"], "answer": {"choice": "A"}} for c in clips]
-    for name, rows in (("grounding", clips), ("choice", choices), ("detection", pictures)):
+    named = {"grounding": clips, "choice": choices, "detection": pictures}
+    named["iterative"] = [{**c, "answer": {**c["answer"], "clue": [[1, 7]]}} for c in clips]
+    named["frames"] = [{**c, "answer": {"choice": "A", "clue": [[1, 7]]}} for c in choices]
+    named["zoom"] = [{**c, "answer": {"choice": "B", "clue_box": [4, 4, 20, 20]}} for c in choices]
+    named["replay"] = [
+        {**p, "options": ["grey", "red"], "answer": {"choice": "A", "clue_box": [10, 10, 50, 40]}} for p in pictures
+    ]
+    for name, rows in named.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     film = write_video(root / "film.mp4", spaced(1, 151))
     for name, (published, videos) in PUBLISHED.items():
@@ -68,13 +75,13 @@ def stand_ins(world: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
         for video in videos:
             (root / name / f"{video}.mp4").symlink_to(film)
         import_annotations(name, ROOT / "tests" / "data" / published, root / name, root / f"{name}.jsonl")
-    return {name: root / f"{name}.jsonl" for name in ("grounding", "choice", "detection", *IMPORTERS)}
+    return {name: root / f"{name}.jsonl" for name in (*named, *IMPORTERS)}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_recipe_trains_two_steps(recipe: str, stand_ins: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "run"
-    rows = stand_ins.get(Path(recipe).parent.name)
+    rows = stand_ins.get(Path(recipe).stem if Path(recipe).parent.name == "look" else Path(recipe).parent.name)
     summary = train(str(ROOT / recipe), shortened(recipe, rows), str(out))
     assert json.loads((out / "summary.json").read_text()) == summary
     assert json.loads((out / "state.json").read_text())["status"] == "finished"

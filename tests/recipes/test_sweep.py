@@ -16,7 +16,7 @@ from rft.cluster.carry import run_here
 from rft.cluster.plan import plan
 from rft.cluster.report import ranked, report, status
 from rft.cluster.trials import open_folder, standing
-from rft.recipe import load
+from rft.loaded import load
 from rft.train import train
 
 ROOT = Path(__file__).parents[2]

@@ -18,9 +18,10 @@ from rft.hf.step import Stage
 from rft.hf.together import Together
 from rft.plugins import load_object
 from rft.rollout.guided import Guide
+from rft.rollout.perceive import ONCE
 from rft.rollout.policy import Context, Scripted
 from rft.rollout.reference import reference_rollout, variants
-from rft.rollout.single import roll_out
+from rft.rollout.walk import roll_out
 from rft.scoring import Reward, score
 from rft.train import train
 from rft.types import POLICY, REFERENCE, Group, Rollout, Sample
@@ -203,7 +204,7 @@ def joined(stage: Stage, samples: list[Sample], guidance: Guidance, *draw: objec
 
     rollouts = roll_out(samples, prompts, [3] * len(samples), policy=policy, renderer=stage.renderer, limits=limits, draw=draw)
     guide = Guide(
-        guidance=guidance, size=4, policy=policy, renderer=stage.renderer, limits=limits, judge=judged, compares_siblings=False,
+        guidance=guidance, size=4, policy=policy, renderer=stage.renderer, looking=ONCE, limits=limits, judge=judged, compares_siblings=False,
         accuracy=lambda member: member.parts["iou"], draw=draw,
     )  # fmt: skip
     return guide.join(judged(list(zip(samples, rollouts, strict=True))), prompts, [True] * len(samples))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-from rft.algo.credit import example
+from rft.algo.credit import examples
 from rft.algo.guidance import Guidance
 from rft.algo.losses import k3
 from rft.cli import main
@@ -25,11 +25,12 @@ from rft.hf.step import Stage
 from rft.hf.together import Together
 from rft.hf.trainer import GroupTrainer
 from rft.hf.voice import Voice
-from rft.recipe import Mix, Sampling, load
+from rft.loaded import load
+from rft.recipe import Mix, Sampling
 from rft.report.rollout_log import RolloutLog
 from rft.rollout.policy import Limits
 from rft.rollout.render import Prompt
-from rft.rollout.single import roll_out
+from rft.rollout.walk import roll_out
 from rft.scoring import Reward
 from rft.train import train
 from rft.types import REFERENCE, Batch, Rollout, Sample
@@ -244,7 +245,7 @@ def test_the_log_probs_of_greedy_answers_are_the_models_own(tiny_folders: dict[s
     limits = Limits(max_tokens=6, temperature=0.0)
     rollouts = roll_out(samples, prompts, [1] * 6, policy=engine, renderer=stage.renderer, limits=limits, draw=(0,))
     sampled = [p for group in rollouts for p in group[0].segments[-1].logprobs]
-    packs = [stage.pack([example(rollout, 0.0) for rollout in group]) for group in rollouts]
+    packs = [stage.pack([one for rollout in group for one in examples(rollout, [0.0])]) for group in rollouts]
     forward_N, _ = token_logprobs(policy.model, packs, replace(stage.lens, sharing="expanded"), temperature=1.0)
     assert torch.allclose(torch.tensor(sampled, dtype=torch.float32), forward_N, atol=1e-4)
     assert max(sampled) < -0.05

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from rft.algo import ESTIMATORS
 from rft.algo.advantages import grpo, nonlinear, shape
-from rft.algo.credit import accuracy_of, batch_std, compared, credit, example, is_annotation
+from rft.algo.credit import (
+    accuracy_of,
+    batch_std,
+    by_rollout,
+    compared,
+    credit,
+    examples,
+    is_annotation,
+    turn_advantages,
+)
 from rft.algo.diagnostics import describe
 from rft.algo.filters import mute, why_no_signal
 from rft.errors import RolloutError
@@ -31,7 +41,7 @@ def group(*members: Scored, muted: str = "") -> Group:
 
 
 def test_columns_follow_authorship() -> None:
-    row = example(member("ab", 1.0).rollout, 0.5)
+    (row,) = examples(member("ab", 1.0).rollout, [0.5])
     assert row.ids_T.tolist() == [1, 2, 3, 10, 11]
     assert row.authors_T.tolist() == [WORLD, WORLD, WORLD, POLICY, POLICY]
     assert row.advantages_T.tolist() == [0, 0, 0, 0.5, 0.5]
@@ -39,7 +49,7 @@ def test_columns_follow_authorship() -> None:
 
 
 def test_a_reference_has_no_sampler_log_probs_and_the_type_refuses_them() -> None:
-    row = example(member("ab", 1.0, author="reference").rollout, 1.0)
+    (row,) = examples(member("ab", 1.0, author="reference").rollout, [1.0])
     assert row.authors_T.tolist()[3:] == [REFERENCE, REFERENCE]
     assert np.isnan(row.sampler_T).all()
     for author in ("reference", "world"):
@@ -162,3 +172,43 @@ def test_turns_are_what_was_said_between_two_words_of_the_world() -> None:
     rollout = Rollout(sample_id="s", segments=(PROMPT, hint, rest, PROMPT, rest), stop="answered")
     assert rollout.turns == ("<answer>3 to 5</answer>", "to 5</answer>")
     assert Rollout(sample_id="s", segments=(PROMPT, hint, rest), stop="answered").answer == "3 to 5"
+
+
+AGAIN = Segment(author="world", text="again", ids=(7, 7, 7), is_fresh=True)
+
+
+def looked(*turns: float, reward: float) -> Scored:
+    """A rollout of as many fresh prompts as turns; turn k writes k + 1 tokens."""
+    segments = [part for k in range(len(turns)) for part in ((AGAIN if k else PROMPT), said(k + 1))]
+    return Scored(rollout=Rollout(sample_id="s", segments=tuple(segments)), reward=reward, parts={"r": reward}, turns=turns)
+
+
+def said(num: int) -> Segment:
+    return Segment(author="policy", text="x" * num, ids=(5,) * num, logprobs=(-1.0,) * num)
+
+
+def test_a_rollout_of_several_prompts_is_several_examples_of_one_row() -> None:
+    rows = credit(group(looked(0, 0, reward=1.0), looked(0, reward=0.0)), ESTIMATORS["grpo"], std="none")
+    assert [r.continues for r in rows] == [False, True, False] and [len(p) for p in by_rollout(rows)] == [2, 1]
+    assert [r.ids_T.tolist() for r in rows] == [[1, 2, 3, 5], [7, 7, 7, 5, 5], [1, 2, 3, 5]]
+    assert [r.advantages_T[r.authors_T == POLICY].tolist() for r in rows] == [[0.5], [0.5, 0.5], [-0.5]]
+
+
+def test_turns_are_compared_with_the_same_turns_of_the_others() -> None:
+    """First turns 1, 0, 0: minus their mean 2/3, -1/3, -1/3. Second turns 0.2 and 0.6: -0.2, 0.2. A third one is alone: 0."""
+    members = group(looked(1, 0.2, reward=0.2), looked(0, 0.6, 0.9, reward=0.9), looked(0, reward=0.0))
+    given = turn_advantages(members, ESTIMATORS["grpo"], per="turn", std="none")
+    assert [pytest.approx(a) for a in given] == [[2 / 3, -0.2], [-1 / 3, 0.2, 0.0], [-1 / 3]]
+    rows = credit(members, ESTIMATORS["grpo"], per="turn", std="none")
+    assert [float(r.advantages_T[-1]) for r in rows] == pytest.approx([2 / 3, -0.2, -1 / 3, 0.2, 0.0, -1 / 3])
+    shared = turn_advantages(members, ESTIMATORS["grpo"], std="none")
+    assert all(len(set(a)) == 1 for a in shared)  # by default a rollout earns as a whole
+
+
+def test_rollouts_that_would_look_further_are_left_out_and_stay_in_the_statistics() -> None:
+    over = looked(0, 0, reward=0.0)
+    over = replace(over, rollout=replace(over.rollout, stop="turns"))
+    rows = credit(group(looked(0, reward=1.0), over), ESTIMATORS["grpo"], mask_over_turns=True, std="none")
+    assert [r.weight for r in rows] == [1.0, 0.0, 0.0]
+    assert [float(r.advantages_T[-1]) for r in rows] == [0.5, -0.5, -0.5]
+    assert [r.weight for r in credit(group(over), ESTIMATORS["grpo"], mask_truncated=True)] == [1.0, 1.0]

@@ -20,8 +20,8 @@ from rft.errors import DataError
 from rft.evaluation.metrics import measure
 from rft.families import FAMILIES
 from rft.hf.tiny import make_tokenizer
+from rft.loaded import load
 from rft.plugins import load_object
-from rft.recipe import load
 from rft.rollout.render import Renderer
 from tests.videos import spaced, write_video
 

@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from rft.errors import RecipeError
-from rft.recipe import Phase, Recipe, RewardSpec, load, resolved, show
+from rft.loaded import load, resolved, show
+from rft.recipe import Phase, Recipe, RewardSpec
 from rft.strict import build, nearest
 
 WHOLE = """

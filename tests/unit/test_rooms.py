@@ -16,7 +16,7 @@ LEVELS = (
     ("types", "errors", "geometry", "parsing", "families", "strict", "condition", "files", "ranges", "run"),
     ("algo", "data"),
     ("rollout", "scoring", "quarantine"),
-    ("plugins", "layers", "recipe"),
+    ("plugins", "layers", "perceiving", "recipe", "loaded"),
     ("hf", "evaluation", "report", "synthetic", "bench"),
     (
         "attempt",
@@ -31,6 +31,7 @@ LEVELS = (
         "launch_cli",
         "slurm_cli",
         "sweep_cli",
+        "trace_cli",
         "cluster",
         "verify",
         "cli",
@@ -96,13 +97,13 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_the_arithmetic_and_the_rollouts_load_no_framework() -> None:
-    loaded = loaded_by("import rft.algo, rft.rollout.single, rft.rollout.reference, rft.scoring, rft.quarantine")
+    loaded = loaded_by("import rft.algo, rft.rollout.walk, rft.rollout.reference, rft.scoring, rft.quarantine")
     assert "torch" in loaded
     assert not loaded & {*FRAMEWORKS, "tokenizers", "datasets", "torchvision"}
 
 
 def test_a_recipe_is_read_without_a_framework() -> None:
-    assert not loaded_by("import rft.recipe, rft.report.words, rft.cli") & {*FRAMEWORKS, "torchvision", "matplotlib"}
+    assert not loaded_by("import rft.loaded, rft.report.words, rft.cli") & {*FRAMEWORKS, "torchvision", "matplotlib"}
 
 
 def test_a_reward_file_costs_no_torch() -> None:

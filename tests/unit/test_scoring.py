@@ -468,3 +468,38 @@ def test_judge_keeps_samples_apart_and_nothing_is_lost_without_rollouts() -> Non
     assert judge([(sample(), [])], [reward(length), reward(think_format_reward, "f", style="trl")]) == [{"r": (), "f": ()}]
     groups, report = score([(sample(), [])], [reward(length)])
     assert groups[0].members == () and math.isnan(report.coverage["r"])
+
+
+# what counts only where another reward is met, and turns
+
+
+def twice(first: str, last: str) -> Rollout:
+    world, more = Segment(author="world", text="?", ids=(9,)), Segment(author="world", text="again?", ids=(8,), is_fresh=True)
+    said = [Segment(author="policy", text=text, ids=(1,)) for text in (first, last)]
+    return Rollout(sample_id="s1", segments=(world, said[0], more, said[1]))
+
+
+def test_a_bonus_counts_only_where_the_answer_is_right_and_is_logged_either_way() -> None:
+    right = reward(lambda r, s: float(r.text == "yes"), "right")
+    bonus = reward(lambda r, s: 1.0, "bonus", weight=0.5, only_if={"right": 0.5})
+    group, _ = score_texts(["yes", "no"], right, bonus)
+    assert [m.reward for m in group.members] == [1.5, 0.0]
+    assert [m.parts["bonus"] for m in group.members] == [1.0, 1.0]
+    absent = reward(lambda r, s: None, "right")
+    (group,), _ = score([(sample(), [rollout("yes")])], [absent, bonus, reward(length, "length")])
+    assert group.members[0].reward == pytest.approx(0.3)  # what does not apply opens no gate
+
+
+def test_a_reward_that_knows_turns_apart_gives_each_its_own() -> None:
+    """Turn by turn the one that knows counts with its own value, the others with the trajectory's."""
+    turns = reward(lambda r, s: Score(value=0.5, turns=(1.0, 0.0)), "turns", weight=2.0)
+    (group,), _ = score([(sample(), [twice("a", "long")])], [turns, reward(length, "length")])
+    member = group.members[0]
+    assert member.reward == pytest.approx(2 * 0.5 + 0.4) and member.turns == pytest.approx((2.4, 0.4))
+    (plain,), _ = score([(sample(), [twice("a", "long")])], [reward(length, "length")])
+    assert plain.members[0].turns == ()
+
+
+def test_as_many_values_as_turns() -> None:
+    with pytest.raises(RewardError, match="3 values for the 2 turns"):
+        score([(sample(), [twice("a", "b")])], [reward(lambda r, s: Score(value=0.0, turns=(0.0,) * 3))])

@@ -6,7 +6,7 @@ from rft.families import FAMILIES
 from rft.hf.tiny import make_tokenizer
 from rft.rollout.policy import Context, Limits, Scripted
 from rft.rollout.render import Prompt, Renderer
-from rft.rollout.single import roll_out
+from rft.rollout.walk import roll_out
 from rft.types import Sample
 
 

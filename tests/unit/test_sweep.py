@@ -26,7 +26,7 @@ from rft.cluster.space import Draw, names, read_space, settings, short_keys
 from rft.cluster.sweep import Job, sweep
 from rft.cluster.trials import Swept, Trial, open_folder, open_sweep, pruned, standing
 from rft.errors import ClusterError, RecipeError
-from rft.recipe import load, resolved
+from rft.loaded import load, resolved
 from rft.run.lock import Lock
 from rft.strict import differing
 
