@@ -5,35 +5,56 @@ They judge looks and not answers: weigh them below the answer's reward, or let t
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
+from typing import Any
 
-from rft import Rollout, Sample, Segment, geometry, parsing
+from rft import Rollout, Sample, Score, Segment, geometry, parsing
 
+_LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _TAGS = ("clue", "glue")
 _TOOLS = {"zoom": "boxes"}
 _READERS = {"boxes": parsing.boxes, "windows": parsing.windows, "indices": parsing.indices}
 
 
 def clue_iou(
-    rollout: Rollout, sample: Sample, round: int = 0, max_windows: int = 3, kind: str | None = None, boxes: str = "file"
-) -> float | None:
+    rollout: Rollout,
+    sample: Sample,
+    round: int = 0,
+    max_windows: int = 3,
+    kind: str | None = None,
+    boxes: str = "file",
+    per_turn: bool = False,
+) -> float | Score | None:
     """Overlap of the clue of one turn (-1 is the last) with the annotation; None without one that a clue could match.
 
-    Windows against the union of the annotated `spans`, or against `span` and what else is right; without these, or with
-    `kind: boxes`, a box against the annotated `box`. `boxes` says what the model's coordinates are: those of the annotation
-    (`file`), or `pixels` of the resized picture or `thousandths` of its sides (see rft/families.py); these two are about
-    the last view before the turn, and the annotation is then in pixels of the file. 0 earn: a turn that did not come, no
-    clue or one that names nothing, more than `max_windows` windows or one box, and reversed values alone. A clue is not
-    cut to the video, so that a window without end is worth nothing.
+    Windows against the union of the annotated `clue`, else of `spans`, else against `span` and what else is right; without
+    these, or with `kind: boxes`, a box against `clue_box`, else `box`. `boxes` says what the model's coordinates are: those
+    of the annotation (`file`), or `pixels` of the resized picture or `thousandths` of its sides (see rft/families.py); these
+    two are about the last view before the turn, and the annotation is then in pixels of the file. 0 earn: a turn that did
+    not come, no clue or one that names nothing, more than `max_windows` windows or one box, and reversed values alone. A
+    clue is not cut to the video, so that a window without end is worth nothing.
+
+    With `per_turn` it is the mean over the turns that were to give one (all but the last, the first in any case), and each
+    turn is worth its own.
     """
-    has_time = ("spans" in sample.answer or "span" in sample.answer) and kind != "boxes"
-    if not has_time:
-        return _box_iou(rollout, sample.answer["box"], round, boxes) if "box" in sample.answer else None
-    windows = parsing.windows(_last_clue(_turn(rollout, round)))
-    if not windows or len(windows) > max_windows:
-        return 0.0
-    if "spans" in sample.answer:
-        return geometry.spans_iou(windows, sample.answer["spans"])
-    return max(geometry.spans_iou(windows, [s]) for s in (sample.answer["span"], *sample.answer.get("valid_spans", ())))
+    truth = _clue_of(sample.answer, kind)
+    if truth is None:
+        return None
+    if not per_turn:
+        return _overlap(rollout, truth, round, max_windows, boxes)
+    asked = range(max(len(rollout.turns) - 1, 1))
+    values = [_overlap(rollout, truth, turn, max_windows, boxes) for turn in asked]
+    turns = (*values, 0.0)[: len(rollout.turns)]
+    return Score(value=sum(values) / len(values), turns=turns)
+
+
+def improvement(rollout: Rollout, sample: Sample) -> float | None:
+    """How much better the last turn's answer is than the first's, in [-1, 1]: by span, spans, box or choice.
+
+    0 for one turn; None without such an annotation. A bad start pays here: weigh it well below the answer's own reward.
+    """
+    answers = [parsing.tagged(turn, "answer") for turn in rollout.turns[:1] + rollout.turns[-1:]] or [None, None]
+    first, last = (_agreement(answer, sample) for answer in answers)
+    return None if last is None else last - first
 
 
 def look_cost(rollout: Rollout, sample: Sample, max_tokens: int = 4096) -> float:
@@ -85,6 +106,46 @@ def completeness(rollout: Rollout, sample: Sample, bins: int = 4) -> float | Non
     recall = sum(any(low <= s <= high for s in inside) for low, high in parts) / len(parts)
     precision = len(inside) / len(seconds)
     return 2 * precision * recall / (precision + recall)
+
+
+def _clue_of(answer: Mapping[str, Any], kind: str | None) -> tuple[str, Any] | None:
+    """(what is compared, the annotation): windows of which all or the best one count, or a box."""
+    if kind != "boxes":
+        if answer.get("clue") or "spans" in answer:
+            return "all", answer.get("clue") or answer["spans"]
+        if "span" in answer:
+            return "any", (answer["span"], *answer.get("valid_spans", ()))
+    box = next((answer[key] for key in ("clue_box", "box") if key in answer), None)
+    return None if box is None else ("box", box)
+
+
+def _overlap(rollout: Rollout, truth: tuple[str, Any], round: int, max_windows: int, boxes: str) -> float:
+    by, right = truth
+    if by == "box":
+        return _box_iou(rollout, right, round, boxes)
+    windows = parsing.windows(_last_clue(_turn(rollout, round)))
+    if not windows or len(windows) > max_windows:
+        return 0.0
+    return max(geometry.spans_iou(windows, spans) for spans in ([right] if by == "all" else [[one] for one in right]))
+
+
+def _agreement(text: str | None, sample: Sample) -> float | None:
+    """How right an answer is; None where the annotation has nothing that it could be compared with."""
+    truth = sample.answer
+    if "span" in truth:
+        span = parsing.time_span(text)
+        return geometry.right_span_iou(span, truth) if span else 0.0
+    if "spans" in truth:
+        spans = parsing.time_spans(text)
+        return geometry.spans_iou(spans, truth["spans"]) if spans else 0.0
+    if "box" in truth:
+        found = parsing.boxes(text)
+        return geometry.box_iou(found[0], truth["box"]) if found and len(found) == 1 else 0.0
+    if "choice" in truth:
+        letters = _LETTERS[: len(sample.row.get("options") or "ABCD")]
+        said = parsing.choice(text, letters)
+        return float(said is not None and said == parsing.choice(str(truth["choice"]), letters))
+    return None
 
 
 def _box_iou(rollout: Rollout, truth: Sequence[float], round: int, unit: str) -> float:

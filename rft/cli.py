@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--checkpoint", required=True, metavar="DIR", help="a model or adapter folder, or a hub name")
     asked = "ask as in this phase; from two on also the best of them; PHASE.mix is what a phase mixes in; default: the last"
     evaluate.add_argument("--prompts", type=_names, default=(), metavar="PHASE[,PHASE]", help=asked)
-    rounds = "look so many times, at one budget of visual tokens, with controls beside the most"
+    rounds = "look so many times, at one budget of visual tokens, with controls beside the recipe's own number"
     evaluate.add_argument("--rounds", type=_rounds, default=(), metavar="1,2,3", help=rounds)
     evaluate.add_argument("--split", default="test", choices=("train", "validation", "test"))
     evaluate.add_argument("--output", metavar="FILE.json", help="write metrics and answers here")

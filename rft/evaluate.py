@@ -147,7 +147,7 @@ class Desk:
 def evaluate_rounds(
     name: str, sets: Sequence[str], checkpoint: str, rounds: Sequence[int], *, split: str = "test", output: str | None = None
 ) -> dict[str, Any]:
-    """The same policy with so many rounds of looking, and the controls beside the most; `output` gets it as JSON.
+    """The same policy with so many rounds of looking, and controls beside its own number of them; `output` gets it as JSON.
 
     Visual tokens of a sample over all its rounds are the same for every number of rounds: `visual_tokens` of the recipe's
     perception, or what its prompt alone shows. A recipe that does not look is asked as VideoChat-R1.5 asks: `iterative`,
@@ -164,7 +164,7 @@ def evaluate_rounds(
     if asked.is_single:
         asked = looking(Perceive(use="iterative", context="fresh"), "perception", fetch=desk.frames.get)
     tokens = asked.budget.visual_tokens or one_look(desk.samples, renderer)
-    most, table_rows = max(rounds), {}
+    own, table_rows = max(asked.budget.rounds, 2), {}
     result: dict[str, Any] = {"rounds": {}, "controls": {}}
 
     with desk.decoding() as ahead:
@@ -177,15 +177,15 @@ def evaluate_rounds(
         for number in sorted(set(rounds)):
             result["rounds"][str(number)] = measured(at_rounds(asked, number, tokens), number)
             table_rows[f"{number} round{'s' * (number > 1)}"] = result["rounds"][str(number)]
-        if most > 1 and can_be_led(desk.samples) and hasattr(asked.make(), "teach"):
+        if can_be_led(desk.samples) and hasattr(asked.make(), "teach"):
             for control in CONTROLS:
-                result["controls"][control] = measured(controlled(at_rounds(asked, most, tokens), control), most)
-                table_rows[control.replace("_", " ")] = result["controls"][control]
-    result |= {"split": split, "samples": len(desk.samples), "visual_tokens": tokens, "controls_at": most}
+                result["controls"][control] = measured(controlled(at_rounds(asked, own, tokens), control), own)
+                table_rows[f"{own}, {control.replace('_', ' ')}"] = result["controls"][control]
+    result |= {"split": split, "samples": len(desk.samples), "visual_tokens": tokens, "controls_at": own}
     if desk.together.rank == 0:
         print(table(table_rows, more=("visual_tokens", "valid_clues", "seconds")), flush=True)
         if not result["controls"]:
-            print("no controls: they need 2 rounds or more, a perception with `teach`, and a clue in every annotation")
+            print("no controls: they need a perception with `teach`, and a clue in every annotation")
         if output:
             write_whole(Path(output), json.dumps(result, indent=1))
     return result

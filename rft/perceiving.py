@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,15 +38,17 @@ def _maker(spec: Perceive, at: str, near: Path | None) -> Callable[[], Perceptio
     for method in ("start", "observe"):
         if not callable(getattr(kind, method, None)):
             raise RecipeError(f"{at}.use", f"{spec.use} has no method {method!r}", "see rft/rollout/perceive.py, Perception")
-    args = dict(spec.args)
-    if "budget" in inspect.signature(kind).parameters:
+    args, takes = dict(spec.args), set(inspect.signature(kind).parameters)
+    if "budget" in takes:
         args["budget"] = spec.budget
     try:
-        if is_dataclass(kind):  # its arguments are checked like any other key
-            told = {**args, "budget": asdict(spec.budget)} if "budget" in args else args
-            args = {name: getattr(build(kind, told, f"{at}.args"), name) for name in args}
+        if is_dataclass(kind) and takes == {f.name for f in fields(kind) if f.init}:  # checked like any other key
+            built = build(kind, {**args, "budget": asdict(spec.budget)} if "budget" in args else args, f"{at}.args")
+            args = {name: getattr(built, name) for name in args}
         kind(**args)
-    except TypeError as error:
-        takes = ", ".join(n for n in inspect.signature(kind).parameters if n != "budget") or "nothing"
-        raise RecipeError(f"{at}.args", str(error), f"{spec.use} takes: {takes}") from error
+    except RecipeError as error:
+        raise error if error.where.startswith(at) else RecipeError(f"{at}.args", error.what, error.do) from error
+    except Exception as error:  # the class is its author's: whatever it raises is told in one line
+        known = ", ".join(sorted(takes - {"budget"})) or "nothing"
+        raise RecipeError(f"{at}.args", f"{type(error).__name__}: {error}", f"{spec.use} takes: {known}") from error
     return partial(kind, **args)

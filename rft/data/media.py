@@ -179,7 +179,8 @@ def view(
         step, area, asked, full = 1 if is_image else family.temporal_patch, family.unit**2, num, size
         num = max(max_tokens // family.tokens(family.grid(1, size)) * step, min(num, 2 * step))
         is_exact = is_exact and num == asked
-        size, _ = sized(media, shown, asked, family, budget, max_tokens // (num // step) * area)
+        if family.tokens(family.grid(num, size)) > max_tokens:
+            size, _ = sized(media, shown, asked, family, budget, max_tokens // (num // step) * area)
         if family.tokens(family.grid(num, size)) > max_tokens:
             first, least = (f"{n} x {s} is {family.tokens(family.grid(n, s))}" for n, s in ((asked, full), (num, size)))
             what = f"frames x size in tokens: {first}, with min_pixels={low:g} {least}, max_tokens is {max_tokens}"

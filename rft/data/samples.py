@@ -227,6 +227,16 @@ def _answer(row: Mapping[str, Any], at: str) -> Mapping[str, Any]:
         answer["spans"] = tuple(check_span(s, at) for s in answer["spans"])
     if "box" in answer:
         answer["box"] = check_box(answer["box"], at)
+    if "clue" in answer:
+        if not isinstance(answer["clue"], list):
+            raise DataError(at, f"clue is {answer['clue']!r}", "write a list of [start, end], or leave it out")
+        answer["clue"] = tuple(check_span(s, at) for s in answer["clue"])
+    if "clue_box" in answer:
+        answer["clue_box"] = check_box(answer["clue_box"], at)
+    if "clue_boxes" in answer:
+        if not isinstance(answer["clue_boxes"], list):
+            raise DataError(at, f"clue_boxes is {answer['clue_boxes']!r}", "write a list of boxes, or leave it out")
+        answer["clue_boxes"] = tuple(check_box(b, at) for b in answer["clue_boxes"])
     if "choice" in answer:
         letters = letters_of(row, at)
         if (letter := parsing.choice(str(answer["choice"]), letters)) is None:

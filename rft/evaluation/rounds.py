@@ -32,9 +32,11 @@ def at_rounds(looking: Looking, rounds: int, visual_tokens: int) -> Looking:
     """The same with so many rounds, and visual tokens for all of them together."""
     budget = replace(looking.budget, rounds=rounds, visual_tokens=visual_tokens)
     make = looking.make
-    if isinstance(make, partial) and "budget" in make.keywords:
-        make = partial(make, budget=budget)
-    return replace(looking, make=make, budget=budget)
+    if looking.is_single:
+        return replace(looking, budget=budget)
+    if isinstance(make, partial) and "budget" in make.keywords:  # it shares its tokens out itself
+        return replace(looking, make=partial(make, budget=budget), budget=budget)
+    return replace(looking, make=lambda: Shared(make(), visual_tokens // rounds), budget=budget)
 
 
 def one_look(samples: Sequence[Sample], renderer: Renderer) -> int:
@@ -57,6 +59,33 @@ def describe(rollouts: Sequence[Rollout], rounds: int) -> dict[str, float]:
         "valid_clues": fmean(_is_valid(r, turn) for r, turn in asked),
         "refused": fmean(len(r.refused) for r in rollouts),
     }
+
+
+class Shared:
+    """Each turn shows so many visual tokens at most, in equal parts."""
+
+    def __init__(self, inner: Perception, tokens: int) -> None:
+        self._inner, self._tokens = inner, tokens
+        self.stops = tuple(getattr(inner, "stops", ()))
+
+    def start(self, sample: Sample, media: tuple[View, ...]) -> Turn:
+        turn = self._inner.start(sample, media)
+        if turn.looks is None and sum(view.tokens for view in media) > self._tokens:
+            turn = replace(turn, looks=[Look(video=view.media) for view in media])
+        return self._within(turn)
+
+    def observe(self, reply: str, media: tuple[View, ...], state: State) -> Turn | Final:
+        turn = self._inner.observe(reply, media, state)
+        return turn if isinstance(turn, Final) else self._within(turn)
+
+    def teach(self, answer: str, media: tuple[View, ...], state: State) -> str:
+        return self._inner.teach(answer, media, state)
+
+    def _within(self, turn: Turn) -> Turn:
+        if not turn.looks:
+            return turn
+        each = max(self._tokens // len(turn.looks), 1)
+        return replace(turn, looks=[replace(one, max_tokens=min(one.max_tokens or each, each)) for one in turn.looks])
 
 
 class Led:
@@ -105,16 +134,11 @@ class Misled(Led):
 class Again(Led):
     """Every round shows what the first one did."""
 
-    def start(self, sample: Sample, media: tuple[View, ...]) -> Turn:
-        first = super().start(sample, media)
-        self._looks = first.looks
-        return first
-
     def observe(self, reply: str, media: tuple[View, ...], state: State) -> Turn | Final:
-        if self._looks is None:  # the sample's own prompt, which may have made its media smaller than the budget does
-            self._looks = [Look(video=view.media, max_tokens=view.tokens) for view in state.shown]
+        if state.round == 1:
+            self._first = state.shown
         turn = super().observe(reply, media, state)
-        return turn if isinstance(turn, Final) else replace(turn, looks=self._looks, refused=())
+        return turn if isinstance(turn, Final) else replace(turn, looks=self._first, refused=())
 
 
 def can_be_led(samples: Sequence[Sample]) -> bool:

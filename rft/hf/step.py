@@ -339,7 +339,8 @@ class Stage:
         kinds = together.union({v.kind for p in packs if self.teaches(p) for n in p.nodes for v in n.views})
         if self.vision_learns:
             kinds = kinds or {"image"}
-        limit = self.phase.sampling.max_tokens * self.looking.budget.rounds
+        rounds = max(voice.looking.budget.rounds for voice in (self.own, self.mixed) if voice)
+        limit = self.phase.sampling.max_tokens * rounds
         normaliser = Normaliser(rows=rows, tokens=tokens, seen=seen, reference=reference, forwards=forwards, max_tokens=limit)
         return Agreement(normaliser=normaliser, kinds=frozenset(kinds))
 

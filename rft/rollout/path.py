@@ -84,9 +84,11 @@ class Walk:
         turn = told(self.perception, "observe", self.sample, self._replies[-1], self.media, self.state)
         if isinstance(turn, Final):
             return
-        if not isinstance(turn, Turn) or not all(isinstance(one, Look) for one in turn.looks or ()):
-            what = f"{type(self.perception).__name__}.observe returned {type(turn).__name__}"
-            raise RolloutError(f"sample {self.sample.id}", what, "return a Final, or a Turn whose looks are Look objects")
+        known = self.rollout.views
+        if not isinstance(turn, Turn) or not all(isinstance(one, Look) or one in known for one in turn.looks or ()):
+            what = f"{type(self.perception).__name__}.observe returned {str(turn)[:200]}"
+            do = "return a Final, or a Turn whose looks are Look objects, or views of `state.views`"
+            raise RolloutError(f"sample {self.sample.id}", what, do)
         budget, written = self._looking.budget, sum(len(s.ids) for s in self._segments if s.author == "policy")
         self._turn, self.wants_more, self.is_open = turn, True, True
         if len(self._replies) >= budget.rounds:
@@ -96,8 +98,9 @@ class Walk:
 
     def views(self) -> list[View | Refused]:
         """What the looks of the turn show, each within what the recipe's budget gives one."""
+        given = {"family": self._renderer.family, "budget": self._renderer.budget}
         wanted = self._turn.looks or ()
-        return [look(self.sample, one, family=self._renderer.family, budget=self._renderer.budget) for one in wanted]
+        return [one if isinstance(one, View) else look(self.sample, one, **given) for one in wanted]
 
     def show(self, views: Sequence[View | Refused], *, late: bool) -> None:
         """The world's next segment, or the end where nothing can be shown any more."""

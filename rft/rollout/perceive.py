@@ -58,14 +58,14 @@ class Turn:
     """What the world says next: `note` and `text`, behind what `looks` show.
 
     Without `text` the sample's own question is asked; where it is "", nothing is, but a new prompt always asks. Without
-    `looks` the first turn shows the sample's media, and a new prompt what was shown last. `refused` says what the perception
-    itself could not make a look of. An `inline` turn goes on in the policy's own words: no new message begins, and nothing
-    is said.
+    `looks` the first turn shows the sample's media, and a new prompt what was shown last; a view among them is shown again
+    as it was. `refused` says what the perception itself could not make a look of. An `inline` turn goes on in the policy's
+    own words: no new message begins, and nothing is said.
     """
 
     text: str | None = None
     note: str = ""
-    looks: Sequence[Look] | None = None
+    looks: Sequence[Look | View] | None = None
     refused: Sequence[str] = ()
     inline: bool = False
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rft import Rollout, Sample, Segment
+from rft import Rollout, Sample, Score, Segment
 from rft.evaluation.contract import HOSTILE
 from rft.plugins import load_object
 from rft.types import View
@@ -18,8 +18,9 @@ temporal_set_iou = load_object("rewards/grounding.py:temporal_set_iou")
 box_iou = load_object("rewards/detection.py:box_iou")
 tagged_answer = load_object("rewards/format.py:tagged_answer")
 accuracy = load_object("rewards/choice.py:accuracy")
-clue_iou, look_cost, valid_call, completeness = (
-    load_object(f"rewards/perception.py:{name}") for name in ("clue_iou", "look_cost", "valid_call", "completeness")
+clue_iou, improvement, look_cost, valid_call, completeness = (
+    load_object(f"rewards/perception.py:{name}")
+    for name in ("clue_iou", "improvement", "look_cost", "valid_call", "completeness")
 )
 
 REWARDS = [temporal_iou, temporal_set_iou, box_iou, tagged_answer, accuracy, clue_iou, look_cost, valid_call, completeness]
@@ -134,7 +135,7 @@ def test_only_the_last_turn_counts() -> None:
 
 def test_a_row_without_the_annotation_is_none_of_its_business() -> None:
     sample = asked(text="free")
-    for reward in (temporal_iou, temporal_set_iou, box_iou, accuracy, clue_iou, completeness):
+    for reward in (temporal_iou, temporal_set_iou, box_iou, accuracy, clue_iou, improvement, completeness):
         assert reward(answered("C"), sample) is None
 
 
@@ -212,6 +213,62 @@ def test_clue_iou() -> None:
     assert clue_iou(wrote("<glue>[(10, 14)]</glue>"), asked(span=(2.0, 5.0), valid_spans=((10.0, 14.0),))) == 1.0
     two = wrote(clued("[(2, 5)]"), clued("[(3, 6)]"), "<answer>C</answer>")
     assert [clue_iou(two, EVERYTHING, round=k) for k in (0, 1, 2, 3, -1, -3, -4)] == [1.0, 0.5, 0.0, 0.0, 0.0, 1.0, 0.0]
+
+
+def test_clue_iou_compares_with_the_annotated_clue_first() -> None:
+    wide = asked(span=(2.0, 5.0), spans=((2.0, 5.0),), clue=((0.0, 8.0), (10.0, 12.0)))
+    assert clue_iou(wrote(clued("[(0, 8), (10, 12)]")), wide) == 1.0
+    assert clue_iou(wrote(clued("2 to 5")), wide) == pytest.approx(0.3)  # 3 of 10 seconds
+    assert clue_iou(wrote(clued("2 to 5")), asked(span=(2.0, 5.0), clue=())) == 1.0  # none was annotated
+    assert clue_iou(wrote(clued("[0, 0, 4, 4]")), asked(box=(0, 0, 2, 2), clue_box=(0, 0, 4, 4))) == 1.0
+    assert clue_iou(wrote(clued("[0, 0, 4, 4]")), wide, kind="boxes") is None
+
+
+def test_clue_iou_per_turn() -> None:
+    three = wrote(clued("[(2, 5)]"), clued("[(3, 6)]"), clued("[(2, 5)]"))
+    assert clue_iou(three, EVERYTHING, per_turn=True) == Score(value=0.75, turns=(1.0, 0.5, 0.0))  # the last owes none
+    assert clue_iou(three, EVERYTHING, per_turn=True, max_windows=0) == Score(value=0.0, turns=(0.0, 0.0, 0.0))
+    assert clue_iou(wrote(clued("[(3, 6)]")), EVERYTHING, per_turn=True) == Score(value=0.5, turns=(0.5,))
+    assert clue_iou(wrote("no", "<answer>C</answer>"), EVERYTHING, per_turn=True) == Score(value=0.0, turns=(0.0, 0.0))
+    nothing = Rollout(sample_id="s", segments=(), stop="malformed")
+    assert clue_iou(nothing, EVERYTHING, per_turn=True) == Score(value=0.0, turns=())
+    assert clue_iou(three, asked(text="free"), per_turn=True) is None
+    for hostile in HOSTILE.values():
+        text = hostile.replace("answer>", "clue>")
+        score = clue_iou(wrote(text, text, text), EVERYTHING, per_turn=True)
+        assert 0.0 <= score.value <= 1.0 and score.turns[-1] == 0.0 and score.value == sum(score.turns) / 2
+
+
+def test_improvement_is_the_last_answer_less_the_first() -> None:
+    def from_to(*texts: str) -> Rollout:
+        return wrote(*(f"<answer>{text}</answer>" for text in texts))
+
+    span, spans, box, choice = (
+        asked(span=(2.0, 5.0)),
+        asked(spans=((2.0, 5.0),)),
+        asked(box=(0, 0, 10, 10)),
+        asked(choice="C"),
+    )
+    cases = [
+        (span, ("3 to 6", "9 to 10", "2 to 5"), 0.5),  # what is between does not count
+        (span, ("2 to 5", "3 to 6"), -0.5),
+        (span, ("2 to 5",), 0.0),
+        (span, ("nothing", "3 to 6"), 0.5),
+        (spans, ("[(3, 6)]", "[(2, 5)]"), 0.5),
+        (box, ("[0, 0, 10, 5]", "[0, 0, 10, 10]"), 0.5),
+        (box, ("[0, 0, 10, 10]", "[0, 0, 10, 10], [0, 0, 10, 10]"), -1.0),
+        (choice, ("B", "C"), 1.0),
+        (choice, ("C", "Z"), -1.0),
+        (asked(span=(2.0, 5.0), valid_spans=((7.0, 9.0),)), ("nothing", "7 to 9"), 1.0),
+    ]
+    for sample, texts, expected in cases:
+        assert improvement(from_to(*texts), sample) == pytest.approx(expected), texts
+    assert improvement(from_to("B", "C"), asked(text="free")) is None
+    assert improvement(Rollout(sample_id="s", segments=(), stop="malformed"), span) == 0.0
+    for hostile in HOSTILE.values():
+        for sample in (span, spans, box, choice):
+            assert -1.0 <= improvement(wrote("<answer>2 to 5</answer>", hostile), sample) <= 1.0
+            assert improvement(wrote(hostile, hostile), sample) == improvement(wrote(hostile), sample) == 0.0
 
 
 def test_clue_iou_of_a_box_in_the_view_that_it_is_about() -> None:

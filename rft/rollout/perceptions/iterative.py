@@ -71,7 +71,7 @@ class Iterative:
         for template in (self.again, self.last):
             asked(template, sample)
         tokens = self._tokens(len(media))
-        if not tokens and not self.coarse:
+        if not self.coarse and all(tokens is None or view.tokens <= tokens for view in media):
             return Turn()
         return Turn(looks=[Look(video=v.media, max_tokens=tokens, max_pixels=self.coarse or None) for v in media])
 

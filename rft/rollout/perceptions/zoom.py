@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from math import ceil, floor, inf
 
 from rft import parsing
+from rft.data.cells import extent
 from rft.data.views import to_view
 from rft.errors import RecipeError
 from rft.rollout import actions
@@ -53,7 +54,7 @@ class Zoom:
                 refused.append("media")
                 continue
             # what can be read depends on what it is about
-            limits = actions.Limits(duration=shown.duration or inf, extent=state.family.box_extent(shown.size))
+            limits = actions.Limits(duration=shown.duration or inf, extent=extent(shown, state.family))
             reading = actions.calls(reply, {self.tool: "boxes"}, limits)[place]
             refused += [] if reading.is_usable else [reading.status]
             looks += actions.looks(reading, shown, state.family, **sizes) if reading.is_usable else ()
