@@ -12,8 +12,10 @@ def describe(groups: Sequence[Group], *, guided: bool = False) -> dict[str, list
     """Per-group and per-rollout values by metric name; the caller averages them over ranks.
 
     Rollouts in which the annotation wrote anything, hints included, are left out of rewards, lengths and stops: these
-    describe the policy. With `guided` they have curves of their own: seats per group, reward, tokens.
+    describe the policy. With `guided` they have curves of their own: seats per group, reward, tokens. Where any rollout looked
+    again or was refused a look: turns, refusals, and visual tokens of every rollout.
     """
+    looks = any(len(m.rollout.turns) > 1 or m.rollout.refused for g in groups for m in g.members)
     values: dict[str, list[float]] = {}
 
     def add(name: str, value: float) -> None:
@@ -36,6 +38,10 @@ def describe(groups: Sequence[Group], *, guided: bool = False) -> dict[str, list
             add("completion_tokens", member.rollout.num_tokens)
             add("truncated", member.rollout.stop == "length")
             add("answered", member.rollout.answer is not None)
+            if looks:
+                add("turns", len(member.rollout.turns))
+                add("refused", len(member.rollout.refused))
+                add("visual_tokens", sum(v.tokens for v in member.rollout.views))
             for name, part in member.parts.items():
                 add(f"reward/{name}/coverage", part is not None)
                 if part is not None:

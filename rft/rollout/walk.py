@@ -70,6 +70,8 @@ def roll_out(
             walk.take(segment, reply.stop, weights=reply.weights, room=limits.max_tokens)
         late = 0 < looking.budget.seconds < time.monotonic() - began
         live, turns_left = look_around([walk for walk in live if walk.wants_more], late=late), turns_left - 1
+    if looking.goes_on:
+        policy.extend([], limits)  # no turn follows: what it kept for one can go
     rollouts = iter([walk.rollout for walk in walks])
     return [tuple(islice(rollouts, size)) for size in sizes]
 

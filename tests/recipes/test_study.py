@@ -7,15 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rft.cluster.study import open_study
+import pytest
+
+from rft.cluster.study import open_study, plan
 from rft.train import train
 
 ROOT = Path(__file__).parents[2]
 STUDY = "recipes/study/tempsamp.yaml"
 
 
-def studied(folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "rft.cli", "study", STUDY, "--smoke", "--output", str(folder)]
+def studied(folder: Path, study: str = STUDY) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rft.cli", "study", study, "--smoke", "--output", str(folder)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
@@ -50,3 +52,29 @@ def test_the_smoke_run(tmp_path: Path) -> None:
     shared = [without_clocks(out / "seed-0" / name) for name in ("warmup", "nonlinear")]
     assert without_clocks(tmp_path / "whole") == [*shared[0], *shared[1]]
     assert any(line.get("grad_norm", 0) > 0 for line in shared[1])
+
+
+def test_the_arms_of_the_look_study_differ_in_how_they_look_alone() -> None:
+    """Same clips, warm-up and number of updates; and as many visual tokens in two rounds as in one."""
+    planned = plan(open_study(ROOT / "recipes/study/look.yaml"), near=ROOT / "recipes/study", folder=Path("/nowhere"))
+    arms = {p.trial: p.recipe for p in planned if p.seed == 0 and p.trial != "warmup"}
+    assert list(arms) == ["twice", "once", "r1_5", "r1_5_wide"]
+    tunes = {name: recipe.phases["tune"] for name, recipe in arms.items()}
+    for tune in tunes.values():
+        assert (tune.steps, tune.groups_per_step, tune.group_size, tune.learning_rate) == (300, 16, 8, 2e-4)
+    looks = {name: arms[name].perception_of(tune) for name, tune in tunes.items()}
+    assert {name: look.budget.rounds for name, look in looks.items()} == {"twice": 2, "once": 1, "r1_5": 1, "r1_5_wide": 1}
+    assert all(tunes[name].evaluated.budget.rounds == 2 for name in ("r1_5", "r1_5_wide"))
+    assert tunes["r1_5"].evaluated.args.items() <= looks["twice"].args.items()  # scored in the views of `twice`
+    assert "clue" in arms["r1_5"].rewards_of(tunes["r1_5"]) and "clue" not in arms["once"].rewards_of(tunes["once"])
+
+
+@pytest.mark.slow
+def test_the_smoke_run_of_looking(tmp_path: Path) -> None:
+    done = studied(tmp_path / "look", "recipes/study/look.yaml")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    for claim in ("twice > once", "twice > r1_5"):
+        assert f"claim: {claim} in miou: not judged" in done.stdout
+    report = json.loads((tmp_path / "look" / "study.json").read_text())
+    assert report["rows"]["once"]["visual_tokens"]["mean"] == 20 and report["failed"] == {}
+    assert [claim["text"] for claim in report["claims"]] == ["twice > once", "twice > r1_5"]

@@ -204,7 +204,8 @@ def joined(stage: Stage, samples: list[Sample], guidance: Guidance, *draw: objec
 
     rollouts = roll_out(samples, prompts, [3] * len(samples), policy=policy, renderer=stage.renderer, limits=limits, draw=draw)
     guide = Guide(
-        guidance=guidance, size=4, policy=policy, renderer=stage.renderer, looking=ONCE, limits=limits, judge=judged, compares_siblings=False,
+        guidance=guidance, size=4, policy=policy, renderer=stage.renderer, looking=ONCE, limits=limits, judge=judged,
+        compares_siblings=False,
         accuracy=lambda member: member.parts["iou"], draw=draw,
     )  # fmt: skip
     return guide.join(judged(list(zip(samples, rollouts, strict=True))), prompts, [True] * len(samples))

@@ -212,3 +212,11 @@ def test_rollouts_that_would_look_further_are_left_out_and_stay_in_the_statistic
     assert [r.weight for r in rows] == [1.0, 0.0, 0.0]
     assert [float(r.advantages_T[-1]) for r in rows] == [0.5, -0.5, -0.5]
     assert [r.weight for r in credit(group(over), ESTIMATORS["grpo"], mask_truncated=True)] == [1.0, 1.0]
+
+
+def test_what_was_looked_at_is_logged_where_anybody_looked() -> None:
+    over = looked(0, 0, reward=0.0)
+    refused = replace(over, rollout=replace(over.rollout, refused=("outside", "looks")))
+    values = describe([group(refused, looked(0, reward=1.0))])
+    assert values["turns"] == [2.0, 1.0] and values["refused"] == [2.0, 0.0] and values["visual_tokens"] == [0.0, 0.0]
+    assert "turns" not in describe([group(looked(0, reward=1.0))])
