@@ -87,14 +87,15 @@ def valid_call(
 
 
 def completeness(rollout: Rollout, sample: Sample, bins: int = 4) -> float | None:
-    """How well the frames of the looks stand for the annotated time; None without annotated `span` or `spans`.
+    """How well the frames of the looks stand for the annotated time: `clue`, else `spans`, else `span`; None without these.
 
     The harmonic mean of two shares: of the `bins` equal parts of each annotated span, those in which a frame was shown;
     of the frames shown, each counted once, those inside. Looking at everything is paid for by the second, at one frame by
     the first. 0 earn: no look, and looks that miss. It says where the frames are, not that they suffice for the answer.
     Where looks hold frames of the whole film on purpose the most is below 1, for all rollouts alike.
     """
-    spans = sample.answer.get("spans") or ([sample.answer["span"]] if "span" in sample.answer else None)
+    known = sample.answer
+    spans = known.get("clue") or known.get("spans") or ([known["span"]] if "span" in known else None)
     if not spans:
         return None
     seconds = {s for view in _looked(rollout) for s in view.seconds}

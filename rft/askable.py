@@ -11,9 +11,9 @@ from rft.errors import DataError
 from rft.evaluation.contract import Finding, reference_earns_maximum
 from rft.hf.voice import Voice
 from rft.recipe import Phase
-from rft.rollout.perceive import ONCE
+from rft.rollout.loop import opening
+from rft.rollout.perceive import unread
 from rft.rollout.reference import reference_rollout, variants
-from rft.rollout.walk import opening
 from rft.scoring import Reward
 from rft.types import Sample, Segment, View
 
@@ -32,7 +32,7 @@ def askable(run: Attempt, voices: Sequence[Voice], name: str, phase: Phase) -> l
                 if phase.supervised and voice.looking.is_single:
                     voice.renderer.answer_text(asked)
                 elif phase.supervised:
-                    reference_rollout(asked, voice.renderer, looking=replace(voice.looking, fetch=ONCE.fetch))
+                    reference_rollout(asked, voice.renderer, looking=replace(voice.looking, fetch=unread))
                 if phase.guidance:
                     rewards = [r for r in voice.rewards if r.name in right or not right]
                     _deserves_a_seat(asked, voice, rewards, phase.guidance)
@@ -54,7 +54,7 @@ def _deserves_a_seat(sample: Sample, voice: Voice, rewards: Sequence[Reward], gu
 
     Where rollouts do not look, views are opened only if a reward fails without them.
     """
-    renderer, looking = voice.renderer, replace(voice.looking, fetch=ONCE.fetch)
+    renderer, looking = voice.renderer, replace(voice.looking, fetch=unread)
 
     def findings(*views: View) -> list[Finding]:
         world = Segment(author="world", text="", views=views) if looking.is_single else opening(sample, renderer, looking)

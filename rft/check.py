@@ -25,7 +25,8 @@ from rft.hf.compat import ensure_torchvision
 from rft.loaded import Loaded, load
 from rft.recipe import SPLITS, Phase
 from rft.report.words import in_words
-from rft.rollout.perceive import Looking
+from rft.rollout.loop import opening
+from rft.rollout.perceive import ONCE, Looking
 from rft.rollout.reference import reference_rollout
 from rft.rollout.render import Prompt, Renderer
 from rft.synthetic.world import make_world
@@ -172,17 +173,24 @@ def _asked(
     """What the prompts of a phase, or those that it mixes in, make of the first rows, and how the rewards like it."""
     renderer, allowed = _renderer(loaded, phase), loaded.recipe.max_prompt_tokens
     looking = loaded.looking(phase)
-    opened, findings = _open(splits, renderer, looking, num_samples, loaded.recipe.data.max_bad_share)
+    must_teach = phase.supervised or phase.guidance is not None
+    taught = looking if looking.is_teachable or must_teach else ONCE  # one without `teach` is only shown its answer
+    opened, findings = _open(splits, renderer, looking, taught, num_samples, loaded.recipe.data.max_bad_share)
     findings += _prompt_findings(f"phases.{name}", renderer.prompts, [s for samples in splits.values() for s in samples])
     if opened:
         _print_prompts(name, opened, allowed, renderer.family, seen)
     if not phase.supervised:
-        findings += _rewards(loaded, phase, opened[:CHECKED_REWARDS], renderer, looking)
+        findings += _rewards(loaded, phase, opened[:CHECKED_REWARDS], renderer, taught)
     return opened, findings
 
 
 def _open(
-    splits: Mapping[str, list[Sample]], renderer: Renderer, looking: Looking, num_samples: int, max_share: float
+    splits: Mapping[str, list[Sample]],
+    renderer: Renderer,
+    looking: Looking,
+    taught: Looking,
+    num_samples: int,
+    max_share: float,
 ) -> tuple[list[Opened], list[Finding]]:
     """What can be shown, and what cannot: of the training split a run puts up with a share, elsewhere with none."""
     opened, findings = [], []
@@ -190,9 +198,9 @@ def _open(
         chosen, errors = samples[: num_samples or None], []
         for sample in chosen:
             try:
-                opened.append(
-                    Opened(split=split, sample=sample, reference=reference_rollout(sample, renderer, looking=looking))
-                )
+                prompt = opening(sample, renderer, looking)
+                reference = reference_rollout(sample, renderer, prompt, looking=taught)
+                opened.append(Opened(split=split, sample=sample, reference=reference))
             except RftError as error:
                 errors.append(error)
         is_borne = split == "train" and len(errors) <= max_share * len(chosen)

@@ -30,7 +30,7 @@ from rft.loaded import Loaded, load
 from rft.perceiving import looking
 from rft.recipe import SPLITS, Phase, Recipe
 from rft.report.table import table
-from rft.rollout.perceive import Looking, Perceive
+from rft.rollout.perceive import Looking, PerceptionSpec
 from rft.rollout.policy import Limits
 from rft.rollout.render import Renderer
 from rft.strict import nearest
@@ -63,7 +63,7 @@ def evaluate(
     renderer = next(iter(renderers.values()))
     with desk.decoding() as ahead:
         cards = {
-            named: desk.card(renderers[named], desk.loaded.evaluated(phase, desk.frames.get), ahead)
+            named: desk.card(renderers[named], desk.loaded.looking_at_eval(phase, desk.frames.get), ahead)
             for named, phase in phases.items()
         }
     train = desk.train
@@ -137,8 +137,9 @@ class Desk:
         """Metrics and rollouts of all samples."""
         recipe = self.loaded.recipe
         limits = Limits(max_tokens=recipe.evaluation.max_tokens, temperature=recipe.evaluation.temperature)
-        memory = self.policy.memory(self.frames, int(recipe.vision_memory_gb * 2**30))  # what one way of looking encoded
-        lens = self.policy.lens(self.frames, memory=memory)  # is no gift to the next one that is timed
+        # a memory for each way of looking: what one encoded is no gift to the next one that is timed
+        memory = self.policy.memory(self.frames, int(recipe.vision_memory_gb * 2**30))
+        lens = self.policy.lens(self.frames, memory=memory)
         answering = ModelPolicy(self.policy.model, lens, self.policy.eos_ids, keeps=looking.goes_on)
         given = {"seed": recipe.seed, "together": self.together, "looking": looking, "ahead": ahead}
         return scorecard(self.samples, answering, renderer, limits, **given)
@@ -149,9 +150,9 @@ def evaluate_rounds(
 ) -> dict[str, Any]:
     """The same policy with so many rounds of looking, and controls beside its own number of them; `output` gets it as JSON.
 
-    Visual tokens of a sample over all its rounds are the same for every number of rounds: `visual_tokens` of the recipe's
-    perception, or what its prompt alone shows. A recipe that does not look is asked as VideoChat-R1.5 asks: `iterative`,
-    with fresh prompts.
+    What a sample may show over all its rounds is the same for every number of rounds: `visual_tokens` of the recipe's
+    perception, or the most that a prompt alone shows. What it did show is reported. A recipe that does not look is asked as
+    VideoChat-R1.5 asks: `iterative`, with fresh prompts.
 
     Raises:
         DataError: the split is empty, holds bad rows, or a sample cannot be shown.
@@ -160,9 +161,9 @@ def evaluate_rounds(
     recipe = desk.loaded.recipe
     phase = recipe.phases[list(recipe.phases)[-1]]
     renderer = renderer_for(recipe, desk.policy, phase)
-    asked = desk.loaded.evaluated(phase, desk.frames.get)
+    asked = desk.loaded.looking_at_eval(phase, desk.frames.get)
     if asked.is_single:
-        asked = looking(Perceive(use="iterative", context="fresh"), "perception", fetch=desk.frames.get)
+        asked = looking(PerceptionSpec(use="iterative", context="fresh"), "perception", fetch=desk.frames.get)
     tokens = asked.budget.visual_tokens or one_look(desk.samples, renderer)
     own, table_rows = max(asked.budget.rounds, 2), {}
     result: dict[str, Any] = {"rounds": {}, "controls": {}}
@@ -177,7 +178,7 @@ def evaluate_rounds(
         for number in sorted(set(rounds)):
             result["rounds"][str(number)] = measured(at_rounds(asked, number, tokens), number)
             table_rows[f"{number} round{'s' * (number > 1)}"] = result["rounds"][str(number)]
-        if can_be_led(desk.samples) and hasattr(asked.make(), "teach"):
+        if can_be_led(desk.samples) and asked.is_teachable:
             for control in CONTROLS:
                 result["controls"][control] = measured(controlled(at_rounds(asked, own, tokens), control), own)
                 table_rows[f"{own}, {control.replace('_', ' ')}"] = result["controls"][control]

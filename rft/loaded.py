@@ -13,7 +13,7 @@ from rft.layers import stack
 from rft.perceiving import looking
 from rft.plugins import find_file, load_object
 from rft.recipe import SPLITS, Phase, Recipe
-from rft.rollout.perceive import ONCE, Fetch, Looking, Perceive
+from rft.rollout.perceive import Fetch, Looking, PerceptionSpec, unread
 from rft.scoring import Reward
 from rft.strict import build, join
 
@@ -45,27 +45,27 @@ class Loaded:
         phases = {}
         for name, phase in alone.phases.items():
             mix = phase.mix and replace(phase.mix, perception=self._found(phase.mix.perception))
-            own = {"perception": self._found(phase.perception), "evaluated": self._found(phase.evaluated)}
+            own = {"perception": self._found(phase.perception), "eval_perception": self._found(phase.eval_perception)}
             phases[name] = replace(phase, **own, mix=mix)
         return replace(alone, phases=phases)
 
-    def _found(self, spec: Perceive | None) -> Perceive | None:
+    def _found(self, spec: PerceptionSpec | None) -> PerceptionSpec | None:
         """With its file made absolute, if it has one."""
         place, _, name = spec.use.rpartition(":") if spec else ("", "", "")
         return replace(spec, use=f"{find_file(place, near=self.folder)}:{name}") if place.endswith(".py") else spec
 
-    def looking(self, phase: Phase | None, fetch: Fetch = ONCE.fetch) -> Looking:
+    def looking(self, phase: Phase, fetch: Fetch = unread) -> Looking:
         """How the rollouts of a phase look. Raises RecipeError when its perception cannot be made."""
         name = next((n for n, p in self.recipe.asked.items() if p == phase and p.perception), "")
         at = f"phases.{name}.perception" if name else "perception"
         return looking(self.recipe.perception_of(phase), at, near=self.folder, fetch=fetch)
 
-    def evaluated(self, phase: Phase | None, fetch: Fetch = ONCE.fetch) -> Looking:
+    def looking_at_eval(self, phase: Phase, fetch: Fetch = unread) -> Looking:
         """How a policy looks when the phase is scored."""
-        if phase is None or phase.evaluated is None:
+        if (spec := phase.eval_perception) is None:
             return self.looking(phase, fetch)
-        name = next(n for n, p in self.recipe.asked.items() if p.evaluated == phase.evaluated)
-        return looking(phase.evaluated, f"phases.{name}.evaluated", near=self.folder, fetch=fetch)
+        name = next(n for n, p in self.recipe.asked.items() if p.eval_perception == spec)
+        return looking(spec, f"phases.{name}.eval_perception", near=self.folder, fetch=fetch)
 
     def rewards(self, phase: Phase) -> list[Reward]:
         """The phase's rewards, with their functions. Raises RecipeError when one cannot be loaded."""

@@ -11,12 +11,12 @@ from typing import Any
 
 from rft.errors import RecipeError
 from rft.plugins import load_object
-from rft.rollout.perceive import ONCE, Fetch, Looking, Perceive, Perception
+from rft.rollout.perceive import Fetch, Looking, Perception, PerceptionSpec, unread
 from rft.rollout.perceptions import SHIPPED
 from rft.strict import build, nearest
 
 
-def looking(spec: Perceive, at: str, *, near: Path | None = None, fetch: Fetch = ONCE.fetch) -> Looking:
+def looking(spec: PerceptionSpec, at: str, *, near: Path | None = None, fetch: Fetch = unread) -> Looking:
     """How rollouts look, from the key `at` of a recipe whose folder is `near`.
 
     Raises:
@@ -30,7 +30,7 @@ def looking(spec: Perceive, at: str, *, near: Path | None = None, fetch: Fetch =
     return Looking(make=make, context=spec.context, history=spec.history, budget=spec.budget, fetch=fetch)
 
 
-def _maker(spec: Perceive, at: str, near: Path | None) -> Callable[[], Perception]:
+def _maker(spec: PerceptionSpec, at: str, near: Path | None) -> Callable[[], Perception]:
     if spec.use not in SHIPPED and ":" not in spec.use:
         do = nearest(spec.use, SHIPPED) + " Or name a class: path/file.py:Class"
         raise RecipeError(f"{at}.use", f"unknown perception {spec.use!r}", do)
@@ -47,7 +47,7 @@ def _maker(spec: Perceive, at: str, near: Path | None) -> Callable[[], Perceptio
             args = {name: getattr(built, name) for name in args}
         kind(**args)
     except RecipeError as error:
-        raise error if error.where.startswith(at) else RecipeError(f"{at}.args", error.what, error.do) from error
+        raise error if error.where.startswith(at) else RecipeError(f"{at}.args.{error.where}", error.what, error.do) from error
     except Exception as error:  # the class is its author's: whatever it raises is told in one line
         known = ", ".join(sorted(takes - {"budget"})) or "nothing"
         raise RecipeError(f"{at}.args", f"{type(error).__name__}: {error}", f"{spec.use} takes: {known}") from error

@@ -33,9 +33,9 @@ from rft.hf.trainer import GroupTrainer
 from rft.hf.voice import Voice
 from rft.recipe import Phase, Recipe
 from rft.report.rollout_log import RolloutLog
+from rft.rollout.loop import opening
 from rft.rollout.policy import Limits
 from rft.rollout.render import Renderer
-from rft.rollout.walk import opening
 from rft.run import checkpoints
 from rft.run.cadence import Cadence
 from rft.run.history import cut_back
@@ -70,7 +70,7 @@ class PhaseRun:
         run, recipe = self.attempt, self.recipe
         limits = Limits(max_tokens=recipe.evaluation.max_tokens, temperature=recipe.evaluation.temperature)
         run.together.doing(f"evaluating on {split}")
-        looking = run.loaded.evaluated(self.phase, run.frames.get)
+        looking = run.loaded.looking_at_eval(self.phase, run.frames.get)
         answering = ModelPolicy(model, self.seen, self.policy.eos_ids, keeps=looking.goes_on)
         ahead = {"ahead": run.prefetcher.ahead} if run.prefetcher else {}
         given = {"seed": recipe.seed, "together": run.together, "looking": looking, **ahead}

@@ -19,7 +19,7 @@ from rft.data.budget import Budget
 from rft.errors import RecipeError
 from rft.families import FAMILIES
 from rft.ranges import check_ranges
-from rft.rollout.perceive import Perceive
+from rft.rollout.perceive import PerceptionSpec
 from rft.rollout.render import Prompt
 from rft.run.cadence import Cadence
 from rft.strict import nearest
@@ -160,7 +160,7 @@ class Mix:
 
     share: float = 0.5  # probability that a group gets these prompts; its step and sample decide, and nothing else
     prompts: Mapping[str, Prompt] = field(default_factory=dict)  # replace those of the phase, by task
-    perception: Perceive | None = None  # replaces that of the phase
+    perception: PerceptionSpec | None = None  # replaces that of the phase
     rewards: tuple[str, ...] = ()  # names; empty is those of the phase
 
 
@@ -186,13 +186,13 @@ class Phase:
     kl: KL = field(default_factory=KL)
     credit: Literal["rollout", "turn"] = "rollout"  # turn: what each turn was worth is compared apart
     mask_truncated: bool = False
-    mask_over_turns: bool = False  # rollouts that would have looked further than they may
+    mask_over_turns: bool = False  # rollouts that the budget stopped before they answered
     importance_cap: float = 0.0  # weigh tokens by min(p / p_sampler, cap); 0 is off
     refill: int = 0  # times that silent groups are replaced by other samples
     sampling: Sampling = field(default_factory=Sampling)
     prompts: Mapping[str, Prompt] = field(default_factory=dict)  # replace those of the recipe, by task
-    perception: Perceive | None = None  # replaces that of the recipe
-    evaluated: Perceive | None = None  # what is looked at when the phase is scored, where that is something else
+    perception: PerceptionSpec | None = None  # replaces that of the recipe
+    eval_perception: PerceptionSpec | None = None  # what is looked at when the phase is scored, where that is something else
     rewards: tuple[str, ...] = ()  # names; empty is all of the recipe's
     mix: Mix | None = None  # other prompts for some of its groups
     learning_rate: float = 1e-6
@@ -247,7 +247,7 @@ class Recipe:
     media: Budget = field(default_factory=Budget)
     max_prompt_tokens: int = 8192
     prompts: Mapping[str, Prompt] = field(default_factory=dict)
-    perception: Perceive = field(default_factory=Perceive)  # what rollouts look at
+    perception: PerceptionSpec = field(default_factory=PerceptionSpec)  # what rollouts look at
     rewards: Mapping[str, RewardSpec] = field(default_factory=dict)
     phases: Mapping[str, Phase] = field(default_factory=dict)
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -285,9 +285,9 @@ class Recipe:
         own = tuple(self.rewards_of(phase))
         return phase.accuracy or (own if len(own) == 1 else ())
 
-    def perception_of(self, phase: Phase | None) -> Perceive:
+    def perception_of(self, phase: Phase) -> PerceptionSpec:
         """What the rollouts of a phase look at."""
-        return (phase and phase.perception) or self.perception
+        return phase.perception or self.perception
 
     def prompts_of(self, phase: Phase | None) -> dict[str, Prompt]:
         """The prompts of a phase, by task."""
@@ -341,6 +341,9 @@ def _check_phase(at: str, phase: Phase, recipe: Recipe) -> None:
     if (shapes or gated) and not phase.accuracy and len(recipe.rewards_of(phase)) > 1:
         what = f"which of {', '.join(recipe.rewards_of(phase))} says how right an answer is?"
         raise RecipeError(f"{at}.accuracy", what, "name it, e.g. accuracy: [iou]; or set shape_target: total without a gate")
+    if phase.credit == "turn" and phase.estimator_args.get("std") == "batch":
+        what = "turns are compared apart, and std: batch is the spread of whole rollouts"
+        raise RecipeError(f"{at}.credit", what, "set estimator_args.std to sample, or credit: rollout")
     if phase.group_size < 2:
         raise RecipeError(f"{at}.group_size", "a group needs at least 2 rollouts to compare", "use 8, or objective: nll")
     if not recipe.rewards_of(phase):

@@ -118,14 +118,14 @@ class Rollout:
     refused: tuple[str, ...] = ()  # why a look was not shown, for every look that was not, in order
 
     @property
-    def rounds(self) -> tuple[tuple[Segment, ...], ...]:
+    def contexts(self) -> tuple[tuple[Segment, ...], ...]:
         """What the model saw at a time: all segments, or, where the world asked anew, those of each prompt."""
-        rounds: list[list[Segment]] = [[]]
+        contexts: list[list[Segment]] = [[]]
         for segment in self.segments:
-            if segment.is_fresh and rounds[-1]:
-                rounds.append([])
-            rounds[-1].append(segment)
-        return tuple(map(tuple, rounds))
+            if segment.is_fresh and contexts[-1]:
+                contexts.append([])
+            contexts[-1].append(segment)
+        return tuple(map(tuple, contexts))
 
     @property
     def turns(self) -> tuple[str, ...]:

@@ -15,10 +15,10 @@ from rft.data.media import read
 from rft.families import FAMILIES
 from rft.hf.tiny import make_tokenizer
 from rft.perceiving import looking
-from rft.rollout.perceive import Allowance, Looking, Perceive
+from rft.rollout.loop import opening, roll_out
+from rft.rollout.perceive import Allowance, Looking, PerceptionSpec
 from rft.rollout.policy import Context, Limits, Scripted
 from rft.rollout.render import Prompt, Renderer
-from rft.rollout.walk import opening, roll_out
 from rft.types import Media, Rollout, Sample
 from tests.videos import spaced, write_video
 
@@ -50,7 +50,9 @@ def looks(use: str, context: str = "append", history: str = "none", fetch: Calla
     limits = {name: more.pop(name) for name in list(more) if name in Allowance.__dataclass_fields__ and name != "frames"}
     limits |= {"frames": more.pop("most_frames")} if "most_frames" in more else {}
     budget = Allowance(**{"rounds": 3, **limits})
-    return looking(Perceive(use=use, args=more, context=context, history=history, budget=budget), "perception", fetch=fetch)
+    return looking(
+        PerceptionSpec(use=use, args=more, context=context, history=history, budget=budget), "perception", fetch=fetch
+    )
 
 
 def rolled(

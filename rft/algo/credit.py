@@ -37,7 +37,7 @@ def credit(
     `estimator` None is supervised training: advantages are 0 and the objective does not look at them. Estimators that
     reshape rewards reshape the part that `accuracy` names and leave the rest, a format reward, say, as it is; with None
     they reshape the total. With `mask_truncated` a rollout that was cut at the limit keeps its place in the group's
-    statistics and has weight 0; with `mask_over_turns` so does one that would have looked further than it may.
+    statistics and has weight 0; with `mask_over_turns` so does one that the budget stopped before it answered.
     """
     given = [[0.0] * len(m.rollout.turns) for m in group.members]
     if estimator is not None and not group.muted:
@@ -110,7 +110,7 @@ def examples(rollout: Rollout, advantages: Sequence[float], *, weight: float = 1
     """A rollout as columns, once per prompt: the advantage of its turn where someone is trained, 0 where the world wrote."""
     found: list[Example] = []
     turn, was_world = -1, True
-    for segments in rollout.rounds:
+    for segments in rollout.contexts:
         ids, authors, sampler, given = [], [], [], []
         for segment in segments:
             is_world = segment.author == "world"

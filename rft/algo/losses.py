@@ -39,7 +39,7 @@ class Normaliser:
     tokens: float  # trained tokens of rows that are not left out
     seen: float  # those of them that a forward runs over; silent groups may be spared
     forwards: float  # micro-steps x ranks; only `bnpo` looks at it
-    max_tokens: int  # completion limit; only `dr_grpo` looks at it
+    max_tokens: int  # completion limit, of all turns together; only `dr_grpo` looks at it
     reference: float = 0.0  # those of `seen` that the annotation wrote
 
 

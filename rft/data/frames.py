@@ -78,6 +78,7 @@ class FrameStore:
     """
 
     max_maps = 256  # files held open; a caller may hold an array for longer
+    max_names = 16_384  # views whose entries are remembered, for when their files go away
 
     def __init__(self, max_bytes: int, folder: Path | None = None) -> None:
         self.max_bytes = max_bytes
@@ -92,13 +93,35 @@ class FrameStore:
         self._lock = threading.Lock()
         self._reading: dict[str, Future[np.ndarray]] = {}
         self._maps: OrderedDict[str, tuple[tuple, np.ndarray]] = OrderedDict()
+        self._names: OrderedDict[View, str] = OrderedDict()  # the entry that each view was last found in
         self._sound: dict[str, tuple] = {}  # which version of an entry was checked
         self._unseen = 0  # bytes written since the folder was last listed
         self._full_at: int | None = None  # free bytes of the disk when writing failed
 
     def get(self, view: View) -> np.ndarray:
-        """uint8 [frames, height, width, 3] of `read(view)`, read-only. Raises what `read` raises, every time."""
-        name = entry_name(view)
+        """uint8 [frames, height, width, 3] of `read(view)`, read-only.
+
+        A file may go away between two looks at it: what this process was shown of it before is shown again, while the entry
+        is kept. Else raises what `read` raises, every time.
+        """
+        try:
+            name = entry_name(view)
+            frames = self._get(name, view)
+        except DataError:
+            with self._lock:
+                name = self._names.get(view, "")
+                frames = self._held(name)
+            frames = self._open(name, view) if name and frames is None else frames
+            if frames is None:
+                raise
+        with self._lock:
+            self._names[view] = name
+            self._names.move_to_end(view)
+            while len(self._names) > self.max_names:
+                self._names.popitem(last=False)
+        return frames
+
+    def _get(self, name: str, view: View) -> np.ndarray:
         with self._lock:
             frames = self._held(name)
             future = self._reading.get(name)

@@ -1,7 +1,7 @@
 """Does looking again help, or only asking again? The same policy with more and more rounds, and with other hands on the clue.
 
-All rounds of a sample together show as many visual tokens as one round alone would. Three controls stand beside the largest
-number of rounds:
+All rounds of a sample together may show as many visual tokens as one round alone may. Three controls stand beside the recipe's
+own number of rounds:
 
     oracle_clue   the annotation's clue in place of the model's: what a perfect first look would be worth
     random_clue   a clue of the same extent in a place that is drawn
@@ -85,7 +85,7 @@ class Shared:
         if not turn.looks:
             return turn
         each = max(self._tokens // len(turn.looks), 1)
-        return replace(turn, looks=[replace(one, max_tokens=min(one.max_tokens or each, each)) for one in turn.looks])
+        return replace(turn, looks=[one if isinstance(one, View) else _within(one, each) for one in turn.looks])
 
 
 class Led:
@@ -163,6 +163,10 @@ def _is_valid(rollout: Rollout, turn: int) -> bool:
     starts = [i for i, s in enumerate(rollout.segments) if s.author != "world" and rollout.segments[i - 1].author == "world"]
     behind = rollout.segments[starts[turn + 1] - 1].views if turn + 1 < len(starts) else ()
     return bool(behind)  # a call of a tool, which was answered
+
+
+def _within(one: Look, tokens: int) -> Look:
+    return replace(one, max_tokens=min(one.max_tokens or tokens, tokens))
 
 
 def _moved(span: Span, end: float, draw: random.Random) -> Span:

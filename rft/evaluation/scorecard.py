@@ -7,10 +7,10 @@ from typing import Any
 
 from rft.evaluation.metrics import measure
 from rft.evaluation.rounds import describe
+from rft.rollout.loop import opening, roll_out
 from rft.rollout.perceive import ONCE, Looking
 from rft.rollout.policy import Limits, Policy
 from rft.rollout.render import Renderer
-from rft.rollout.walk import opening, roll_out
 from rft.types import Rollout, Sample, Segment, View
 
 Ahead = Callable[[Sequence[View]], None]

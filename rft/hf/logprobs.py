@@ -61,7 +61,7 @@ class Lens:
         full = {v: whole(v, self.family) for v in views}
         patches = {v: patchify(torch.tensor(self.frames.get(v)).to(device), v, self.family) for v in set(full.values())}
         grey = torch.zeros(self.family.merge**2, 3 * self.family.temporal_patch * self.family.patch**2, device=device)
-        if any(v is not full[v] for v in full):  # the library's forward shows whole pictures only
+        if any(v != shown for v, shown in full.items()):  # the library's forward shows whole pictures only
             patches = {v: block.to(dtype) for v, block in patches.items()}
             greys = {k: grey.to(dtype) if k in fillers else None for k in kinds}
             own, asked = plain_model(plain(model)), {k: v for k, v in kinds.items() if v or k in fillers}

@@ -25,8 +25,8 @@ def activation_bytes(text: Any, itemsize: int) -> int:
 def most_tokens(recipe: Recipe, phase: Phase, *, packed: bool) -> int:
     """Tokens of the largest forward that a phase can ask for."""
     size = 1 if phase.supervised else phase.group_size
-    looking = recipe.perception_of(phase)
-    rounds = 1 if looking.use == "single" else looking.budget.rounds
+    specs = [recipe.perception_of(p) for p in (phase, phase.mixed) if p]
+    rounds = max(1 if spec.use == "single" else spec.budget.rounds for spec in specs)
     written = size * rounds * phase.sampling.max_tokens
     group = recipe.max_prompt_tokens * (1 if packed else size) + written
     if rounds > 1:  # what is looked at differs from member to member, whether it is appended or asked anew

@@ -6,7 +6,7 @@ Functions of (model, groups, stage): the trainer only binds them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -33,11 +33,11 @@ from rft.quarantine import Quarantine
 from rft.recipe import Phase
 from rft.report.rollout_log import RolloutLog
 from rft.rollout.guided import Guide
-from rft.rollout.perceive import Looking
+from rft.rollout.loop import opening, roll_out
+from rft.rollout.perceive import ONCE, Looking
 from rft.rollout.policy import Limits, stream_key
 from rft.rollout.reference import reference_rollout
 from rft.rollout.render import Renderer
-from rft.rollout.walk import opening, roll_out
 from rft.scoring import Reward, score
 from rft.types import REFERENCE, WORLD, Batch, Example, Group, Pack, Rollout, Sample, Scored, Segment
 
@@ -63,7 +63,7 @@ class Stage:
     samples: Sequence[Sample]
     renderer: Renderer
     rewards: Sequence[Reward]
-    looking: Looking = field(default_factory=Looking)
+    looking: Looking = ONCE
     mixed: Voice | None = None
     lens: Lens
     reference_lens: Lens | None = None  # of the reference model, where its vision tower is another one

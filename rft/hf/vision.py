@@ -182,8 +182,13 @@ class VisionMemory:
         for view in views:
             version, pairs, known = _version(view), None, self._digests.get(view)
             if known is None or known[0] != version:
-                pairs = self._pairs(view)
-                self._digests[view] = (version, tuple(blake2b(pair, digest_size=16).digest() for pair in pairs))
+                try:
+                    pairs = self._pairs(view)
+                except DataError:  # the file has gone away; what was made of it may be here
+                    if known is None or not all(key in self._kept for key in self._keys(view)):
+                        raise
+                else:
+                    self._digests[view] = (version, tuple(blake2b(pair, digest_size=16).digest() for pair in pairs))
             self._digests.move_to_end(view)
             for i, key in enumerate(self._keys(view)):
                 self._held.add(key)

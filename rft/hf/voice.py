@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TypeVar
 
-from rft.rollout.perceive import Looking
+from rft.rollout.perceive import ONCE, Looking
 from rft.rollout.render import Renderer
 from rft.scoring import Reward
 
@@ -20,7 +20,7 @@ class Voice:
     name: str
     renderer: Renderer
     rewards: Sequence[Reward]
-    looking: Looking = field(default_factory=Looking)
+    looking: Looking = ONCE
 
 
 def apart(voices: Sequence[Voice], work: Callable[[Voice, list[int]], Sequence[T]]) -> list[T]:

@@ -71,7 +71,7 @@ def _outcome(member: Scored, row: Sequence[Example]) -> dict[str, Any]:
 def _advantages(rollout: Rollout, row: Sequence[Example]) -> list[float]:
     """What the tokens of each turn carry; 0 for a turn without tokens."""
     given = []
-    for segments, example in zip(rollout.rounds, row, strict=True):
+    for segments, example in zip(rollout.contexts, row, strict=True):
         at = 0
         for is_world, run in groupby(segments, key=lambda s: s.author == "world"):
             size = sum(len(s.ids) for s in run)

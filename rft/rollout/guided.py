@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from rft.algo.guidance import Guidance, drawn_index, hint_length, opens
+from rft.rollout.loop import roll_out
 from rft.rollout.perceive import Looking
 from rft.rollout.policy import Limits, Policy, stream_key
 from rft.rollout.reference import drawn_variant, reference_rollout
 from rft.rollout.render import Renderer
-from rft.rollout.walk import roll_out
 from rft.types import Group, Rollout, Sample, Scored, Segment
 
 Judge = Callable[[Sequence[tuple[Sample, Sequence[Rollout]]]], Sequence[Group]]

@@ -1,4 +1,4 @@
-"""What a rollout looks at: the protocol between the author of a perception and the loop that walks it (`walk.py`).
+"""What a rollout looks at: the protocol between the author of a perception and the loop that walks it (`loop.py`).
 
 A *perception* decides what is looked at. It is a plain object, one per rollout, that names looks and never tensors:
 
@@ -105,9 +105,13 @@ class Perception(Protocol):
     constructor gets the phase's `Allowance`.
     """
 
-    def start(self, sample: Sample, media: tuple[View, ...]) -> Turn: ...
+    def start(self, sample: Sample, media: tuple[View, ...]) -> Turn:
+        """The first turn: the same whenever the sample is met."""
+        ...
 
-    def observe(self, reply: str, media: tuple[View, ...], state: State) -> Turn | Final: ...
+    def observe(self, reply: str, media: tuple[View, ...], state: State) -> Turn | Final:
+        """What follows a reply, whatever is written in it."""
+        ...
 
 
 def asked(template: str, sample: Sample) -> str:
@@ -133,7 +137,7 @@ class Single:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Perceive:
+class PerceptionSpec:
     """The key `perception` of a recipe: `use` is one of the shipped ones or path.py:Class, `args` its arguments."""
 
     use: str = "single"
@@ -141,6 +145,10 @@ class Perceive:
     context: Ways = "append"
     history: History = "none"  # fresh: what of its own words a new prompt tells the model
     budget: Allowance = field(default_factory=Allowance)
+
+
+def unread(view: View) -> None:
+    """Decodes nothing: headers are enough."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,12 +159,22 @@ class Looking:
     context: Ways = "append"
     history: History = "none"
     budget: Allowance = field(default_factory=lambda: Allowance(rounds=1))
-    fetch: Fetch = lambda view: None
+    fetch: Fetch = unread
 
     @property
     def is_single(self) -> bool:
         """Whether a rollout is one prompt and one answer, whatever is answered."""
         return self.make is Single
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Texts behind which a reply is cut."""
+        return tuple(getattr(self.make(), "stops", ()))
+
+    @property
+    def is_teachable(self) -> bool:
+        """Whether it knows what the annotation would write."""
+        return callable(getattr(self.make(), "teach", None))
 
     @property
     def goes_on(self) -> bool:

@@ -12,9 +12,9 @@ from rft import geometry, parsing
 from rft.algo.guidance import Fill, Guidance, drawn_index
 from rft.data.readings import readings, retold
 from rft.errors import DataError
+from rft.rollout.loop import opening, taught
 from rft.rollout.perceive import ONCE, Looking
 from rft.rollout.render import Renderer
-from rft.rollout.walk import opening, taught
 from rft.types import Rollout, Sample, Segment
 
 TRIES = 64  # of a jitter that is not read back well enough; a span from 0 to the end of its video takes 5 on average

@@ -68,14 +68,14 @@ class Renderer:
         """What the sample's own prompt asks last, in words."""
         return "\n".join(_texts([m for m in self.messages(sample) if m["role"] == "user"][-1:]))
 
-    def anew(self, sample: Sample, views: Sequence[View], text: str | None = None) -> Segment:
-        """A new prompt: what the sample's own says before its question, then `views` and `text`, or its own question.
+    def anew(self, sample: Sample, views: Sequence[View], text: str) -> Segment:
+        """A new prompt: what the sample's own says before its question, then `views` and `text`.
 
         Raises DataError when the text holds special tokens.
         """
         *before, _ = self.messages(sample)
         told = [{"role": m["role"], "content": _parts((), "\n".join(_texts([m])))} for m in before]
-        asked = {"role": "user", "content": _parts(views, self.question(sample) if text is None else text)}
+        asked = {"role": "user", "content": _parts(views, text)}
         self._refuse_specials(_texts([*told, asked]), sample)
         text = self.tokenizer.apply_chat_template([*told, asked], tokenize=False, add_generation_prompt=True)
         return self._world(_expand(text, views, self.family, sample), views, sample, is_fresh=True)

@@ -1,130 +1,239 @@
-"""The loop of a rollout that looks: the world shows, the policy answers, and what it answered may show more.
-
-`roll_out` walks many rollouts side by side, one call of the policy per round for all that are still open. `taught` walks one
-along the annotation. Both show the same things for the same words.
-"""
+"""One rollout on its way: what its perception asks for, what the world shows of it, and what the policy made of that."""
 
 from __future__ import annotations
 
-import time
-from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-from itertools import islice
+from traceback import extract_tb
+from typing import Any
 
-from rft.data.views import Refused
-from rft.errors import DataError
-from rft.rollout.path import Walk, failure, media_of, opened, started, told
-from rft.rollout.perceive import ONCE, Looking
-from rft.rollout.policy import Limits, Policy
+from rft import parsing
+from rft.data.samples import check_inside
+from rft.data.views import Look, Refused, look
+from rft.errors import DataError, RftError, RolloutError
+from rft.rollout.perceive import Fetch, Final, Looking, Perception, State, Turn
+from rft.rollout.policy import Context, stream_key
 from rft.rollout.render import Renderer
-from rft.types import Rollout, Sample, Segment, View
+from rft.types import Rollout, Sample, Segment, Stop, View
 
-THREADS = 4  # that decode what the rollouts of a generation look at
+QUOTED = 400  # characters of its own words that a model is shown again at most
 
 
-def opening(sample: Sample, renderer: Renderer, looking: Looking) -> Segment:
-    """The first prompt of a sample's rollouts.
+class Walk:
+    """It becomes a `Rollout` when nothing more is said."""
+
+    def __init__(
+        self, sample: Sample, prompt: Segment, *, renderer: Renderer, looking: Looking, draw: Sequence[object]
+    ) -> None:
+        self.sample, self.draw, self.fetch = sample, draw, looking.fetch
+        self.perception = looking.make()
+        self.media = media_of(sample, renderer, looking)
+        self.refused: list[str] = []
+        self.written: list[Segment] = []  # by the annotation, behind which the policy goes on
+        self.is_open = True
+        self._renderer, self._looking = renderer, looking
+        self._turn = started(self.perception, sample, self.media)
+        self._segments = [prompt]
+        self._replies: list[str] = []
+        self._looks = self._weights = 0
+        self._stop: Stop = "answered"
+
+    @property
+    def context(self) -> Context:
+        """What the policy continues now."""
+        begin = max(i for i, s in enumerate(self._segments) if s.is_fresh or i == 0)
+        key = stream_key(*self.draw, *(("round", len(self._replies)) if self._replies else ()))
+        return Context(segments=(*self._segments[begin:], *self.written), key=key)
+
+    @property
+    def rollout(self) -> Rollout:
+        """What has happened."""
+        return Rollout(
+            sample_id=self.sample.id,
+            segments=tuple(self._segments),
+            stop=self._stop,
+            weights=self._weights,
+            refused=tuple(self.refused),
+        )
+
+    @property
+    def state(self) -> State:
+        """As the perception sees it."""
+        return State(
+            sample=self.sample,
+            family=self._renderer.family,
+            round=len(self._replies),
+            rounds=self._looking.budget.rounds,
+            replies=tuple(self._replies),
+            shown=next((s.views for s in reversed(self._segments) if s.views), ()),
+            views=self.rollout.views,
+            refused=tuple(self.refused),
+            seed=stream_key(*self.draw, "perception", len(self._replies)),
+            is_fresh=self._looking.context == "fresh",
+        )
+
+    def take(self, segment: Segment, stop: Stop, *, weights: int, room: int) -> None:
+        """A reply; `is_open` afterwards says whether the perception has something to show. `room` is for another one."""
+        self._segments += [*self.written, segment]
+        self._replies.append("".join(s.text for s in (*self.written, segment)))
+        self.written, self._weights, self._stop = [], weights, stop
+        self.is_open = False
+        if stop != "answered":
+            return
+        turn = ask(self.perception, "observe", self.sample, self._replies[-1], self.media, self.state)
+        if isinstance(turn, Final):
+            return
+        known = self.rollout.views
+        if not isinstance(turn, Turn) or not all(isinstance(one, Look) or one in known for one in turn.looks or ()):
+            what = f"{type(self.perception).__name__}.observe returned {str(turn)[:200]}"
+            do = "return a Final, or a Turn whose looks are Look objects, or views of `state.views`"
+            raise RolloutError(f"sample {self.sample.id}", what, do)
+        budget, written = self._looking.budget, sum(len(s.ids) for s in self._segments if s.author == "policy")
+        self._turn, self.is_open = turn, True
+        if len(self._replies) >= budget.rounds:
+            self._end("rounds")
+        elif 0 < budget.text_tokens < written + room:
+            self._end("text_tokens")
+
+    def views(self) -> list[View | Refused]:
+        """What the looks of the turn show, each within what the recipe's budget gives one."""
+        return [_view(self.sample, one, self._renderer) for one in self._turn.looks or ()]
+
+    def show(self, views: Sequence[View | Refused], *, late: bool) -> None:
+        """The world's next segment, or the end where nothing can be shown any more."""
+        if late:
+            self._end("seconds")
+            return
+        found = [v for v in views if isinstance(v, View)]
+        refusals = [v for v in views if isinstance(v, Refused)]
+        self.refused += [*self._turn.refused, *(r.why for r in refusals)]
+        words = [f"Not shown: {r.what}." for r in refusals]
+        segment = self._segment(found, words)
+        if broken := self._broken_by(segment, len(found)):
+            self.refused += [broken] * max(len(found), 1)
+            words.append(f"Not shown: that would be more {broken.replace('_', ' ')} than there may be.")
+            found, segment = [], self._segment([], words)
+            if self._broken_by(segment, 0):
+                self._stopped()
+                return
+        if not found and any(failure(v, self.fetch) for v in segment.views):  # what is to be shown again is gone
+            self.refused.append("unreadable")
+            self._stopped()
+            return
+        self._looks += len(found)
+        if segment.ids:
+            self._segments.append(segment)
+
+    def _broken_by(self, segment: Segment, looks: int) -> str:
+        """What the world would break by saying this; "" when nothing. Words alone spend none of what is for looks."""
+        views = [*self.rollout.views, *segment.views]
+        broken = self._looking.budget.broken_by(views, self._looks + looks) if segment.views else ""
+        before = () if segment.is_fresh else self.context.segments
+        is_long = sum(len(s.ids) for s in (*before, segment)) > self._renderer.max_prompt_tokens
+        return broken or ("context" if is_long else "")
+
+    def _segment(self, views: Sequence[View], words: Sequence[str]) -> Segment:
+        renderer, turn, last = self._renderer, self._turn, self._segments[-1]
+        if turn.inline:
+            return renderer.inline(self.sample, views)
+        is_fresh = self._looking.context == "fresh"
+        if not views and is_fresh:  # a prompt without pictures would be asked blindly
+            views = self.state.shown
+        is_own = turn.text is None or (is_fresh and not turn.text)
+        question = renderer.question(self.sample) if is_own else turn.text
+        said = [*words, turn.note, *(self._history() if is_fresh else ()), question]
+        text = renderer.harmless("\n".join(filter(None, said)))
+        if is_fresh:
+            return renderer.anew(self.sample, views, text)
+        segment = renderer.next_turn(self.sample, views, text)
+        if last.ids[-1:] == (renderer.eos,):
+            return segment
+        end = renderer.tokenizer.eos_token  # of a reply that was cut
+        return replace(segment, text=end + segment.text, ids=(renderer.eos, *segment.ids))
+
+    def _history(self) -> list[str]:
+        last = self._replies[-1]
+        if self._looking.history == "answer" and (said := parsing.tagged(last, "answer")):
+            return [f"Your last answer: {said[:QUOTED]}"]
+        if self._looking.history == "clue" and (found := parsing.blocks(last, ("clue", "glue"))) and found[-1][1]:
+            return [f"Your last clue: {found[-1][1][:QUOTED]}"]
+        return []
+
+    def _end(self, limit: str) -> None:
+        """The turn that the perception wants does not come: it would break this limit, and so would all of its looks."""
+        self.refused += [*self._turn.refused, *[limit] * max(len(self._turn.looks or ()), 1)]
+        self._stopped()
+
+    def _stopped(self) -> None:
+        """It is over although the perception would have gone on."""
+        self.is_open = False
+        if self.rollout.answer is None:
+            self._stop = "turns"
+
+
+def media_of(sample: Sample, renderer: Renderer, looking: Looking) -> tuple[View, ...]:
+    """The sample's media as the budget shows them, for whoever may look at them."""
+    return () if looking.is_single else tuple(renderer.view(sample, i) for i in range(len(sample.media)))
+
+
+def started(perception: Perception, sample: Sample, media: tuple[View, ...]) -> Turn:
+    """The first turn. Raises RolloutError where the perception does not give one."""
+    turn = ask(perception, "start", sample, sample, media)
+    if not isinstance(turn, Turn):
+        what = f"{type(perception).__name__}.start returned {type(turn).__name__}"
+        raise RolloutError(f"sample {sample.id}", what, "return a Turn")
+    return turn
+
+
+def ask(perception: Perception, method: str, sample: Sample, *given: Any) -> Any:
+    """What a perception says. An error that is none of ours becomes one that names the sample."""
+    try:
+        return getattr(perception, method)(*given)
+    except RftError:
+        raise
+    except Exception as error:  # the code is its author's: whatever it raises is told in one line
+        at = extract_tb(error.__traceback__)[-1]
+        what = f"{type(perception).__name__}.{method} failed: {type(error).__name__}: {error} at {at.filename}:{at.lineno}"
+        kind = DataError if method == "teach" else RolloutError
+        raise kind(f"sample {sample.id}", what, "mend that line; a reply may hold any text") from error
+
+
+def opened(turn: Turn, sample: Sample, renderer: Renderer) -> Segment:
+    """The prompt of a first turn.
 
     Raises:
-        DataError: the media cannot be read, or the perception's first looks cannot be shown.
+        DataError: the media cannot be read, the looks cannot be shown, or the prompt is too long.
     """
-    return opened(started(looking.make(), sample, media_of(sample, renderer, looking)), sample, renderer)
+    if turn.looks is None and turn.text is None and not turn.note:
+        return renderer.prompt(sample)
+    views = []
+    for one in turn.looks or ():
+        view = _view(sample, one, renderer)
+        if isinstance(view, Refused):
+            raise view.error
+        views.append(view)
+    if turn.looks is None:
+        views = [renderer.view(sample, i) for i in range(len(sample.media))]
+    if moving := [v for v in views if v.kind == "video"]:
+        longest = max(moving, key=lambda v: v.duration)
+        check_inside(sample.answer, longest.duration, f"sample {sample.id}, {sample.media[longest.media].name}")
+    question = renderer.question(sample) if turn.text is None else turn.text
+    segment = renderer.anew(sample, views, "\n".join(filter(None, (turn.note, question))))
+    if len(segment.ids) > renderer.max_prompt_tokens:
+        what = f"its first prompt takes {len(segment.ids)} tokens, of {renderer.max_prompt_tokens}"
+        raise DataError(f"sample {sample.id}", what, "raise max_prompt_tokens, or show less at first")
+    return replace(segment, is_fresh=False)
 
 
-def roll_out(
-    samples: Sequence[Sample],
-    prompts: Sequence[Segment],
-    sizes: Sequence[int],
-    *,
-    policy: Policy,
-    renderer: Renderer,
-    limits: Limits,
-    draw: Sequence[object],
-    looking: Looking = ONCE,
-    hints: Sequence[Segment] | None = None,
-) -> list[tuple[Rollout, ...]]:
-    """`sizes[i]` rollouts of sample i, in order. `draw` (seed, step ...) with the sample and the index keys the sampling.
-
-    `prompts` are those of `opening`; `hints[i]`, if given, is what the annotation has already written behind prompt i.
-    """
-    began, walks = time.monotonic(), []
-    met: Counter[str] = Counter()
-    for place, (sample, prompt, size) in enumerate(zip(samples, prompts, sizes, strict=True)):
-        again = (met[sample.id],) if met[sample.id] else ()  # a sample met twice is explored twice, not copied
-        met[sample.id] += 1
-        for index in range(size):
-            walk = Walk(sample, prompt, renderer=renderer, looking=looking, draw=(*draw, sample.id, *again, index))
-            walk.written = [hints[place]] if hints else []
-            walks.append(walk)
-    stops = _stops(looking)
-    cut = replace(limits, until=_ends_with(stops, renderer)) if stops else limits
-    live, turns_left = walks, looking.budget.rounds
-    while live:
-        # the last reply is not cut: nothing could be shown behind it
-        replies = policy.extend([walk.context for walk in live], cut if turns_left > 1 else limits)
-        for walk, reply in zip(live, replies, strict=True):
-            segment = renderer.reply("policy", reply.ids, logprobs=reply.logprobs)
-            walk.take(segment, reply.stop, weights=reply.weights, room=limits.max_tokens)
-        late = 0 < looking.budget.seconds < time.monotonic() - began
-        live, turns_left = look_around([walk for walk in live if walk.wants_more], late=late), turns_left - 1
-    if looking.goes_on:
-        policy.extend([], limits)  # no turn follows: what it kept for one can go
-    rollouts = iter([walk.rollout for walk in walks])
-    return [tuple(islice(rollouts, size)) for size in sizes]
+def failure(view: View, fetch: Fetch) -> str:
+    """Why a view cannot be decoded; "" when it can."""
+    try:
+        fetch(view)
+    except DataError as error:
+        return str(error)
+    return ""
 
 
-def taught(
-    sample: Sample, prompt: Segment, renderer: Renderer, looking: Looking, write: Callable[..., Sequence[Segment]]
-) -> Rollout:
-    """The rollout that the annotation writes, turn by turn: `write(text, is_last=, is_cut=) -> segments` puts down each.
-
-    A turn that is cut goes on behind an inline look, without an end of its own.
-
-    Raises:
-        DataError: the perception cannot be taught, what the annotation asks to see cannot be shown, or it does not come to
-            its answer.
-    """
-    walk = Walk(sample, prompt, renderer=renderer, looking=looking, draw=("taught", sample.id))
-    name = type(walk.perception).__name__
-    if not callable(getattr(walk.perception, "teach", None)):
-        raise DataError(f"sample {sample.id}", f"{name} has no `teach`", "say there what the annotation would write")
-    answer, stops = renderer.answer_text(sample), _stops(looking)
-    while walk.is_open:
-        text = told(walk.perception, "teach", sample, answer, walk.media, walk.state)
-        is_last = text == answer
-        *before, last = write(text, is_last=is_last, is_cut=bool(stops) and not is_last and text.endswith(stops))
-        walk.written = list(before)
-        walk.take(last, "answered", weights=0, room=0)
-        if walk.wants_more:
-            look_around([walk])
-        if walk.refused:
-            what = f"the annotation's look was refused: {walk.refused[-1]}"
-            raise DataError(f"sample {sample.id}", what, "check the annotation against the media")
-    if not is_last:
-        do = f"see {name}.teach: its last turn is the answer"
-        raise DataError(f"sample {sample.id}", f"the annotation ends in {text[:80]!r}", do)
-    return walk.rollout
-
-
-def look_around(walks: Sequence[Walk], *, late: bool = False) -> list[Walk]:
-    """Show every walk what it asked for; those that go on. Views are decoded now: one that cannot be is refused."""
-    asked = [[] if late else walk.views() for walk in walks]
-    wanted = {v: walk.fetch for walk, views in zip(walks, asked, strict=True) for v in views if isinstance(v, View)}
-    with ThreadPoolExecutor(THREADS) as pool:
-        failed = dict(zip(wanted, pool.map(failure, wanted, wanted.values()), strict=True))
-    for walk, views in zip(walks, asked, strict=True):
-        gone = partial(Refused, why="unreadable", what="it cannot be read", where=f"sample {walk.sample.id}")
-        walk.show([gone(detail=why) if (why := failed.get(v)) else v for v in views], late=late)
-    return [walk for walk in walks if walk.is_open]
-
-
-def _stops(looking: Looking) -> tuple[str, ...]:
-    return tuple(getattr(looking.make(), "stops", ()))
-
-
-def _ends_with(stops: tuple[str, ...], renderer: Renderer) -> Callable[[Sequence[int]], bool]:
-    longest = max(map(len, stops))  # a token is one character at least
-    return lambda ids: renderer.text(list(ids)[-longest:]).rstrip().endswith(stops)
+def _view(sample: Sample, one: Look | View, renderer: Renderer) -> View | Refused:
+    """What a look shows; a view is shown again as it was."""
+    return one if isinstance(one, View) else look(sample, one, family=renderer.family, budget=renderer.budget)

@@ -54,7 +54,7 @@ def identity(recipe: Mapping[str, Any], data: Mapping[str, Path], rewards: Mappi
 def _perceptions(recipe: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every perception of a resolved tree, in order."""
     phases = list((recipe.get("phases") or {}).values())
-    found = [recipe.get("perception"), *(p.get(key) for p in phases for key in ("perception", "evaluated"))]
+    found = [recipe.get("perception"), *(p.get(key) for p in phases for key in ("perception", "eval_perception"))]
     return [node for node in (*found, *((p.get("mix") or {}).get("perception") for p in phases)) if node]
 
 

@@ -13,8 +13,8 @@ from rft.hf.generate import ModelPolicy, inverse_cdf, truncate
 from rft.hf.logprobs import token_logprobs
 from rft.hf.pixels import patchify
 from rft.hf.together import Together
+from rft.rollout.loop import roll_out
 from rft.rollout.policy import Context, Limits, stream_key, uniforms
-from rft.rollout.walk import roll_out
 from tests.stages import opened, phase_of, stage_of
 
 FAMILIES = ("qwen2_5_vl", "qwen3_vl")

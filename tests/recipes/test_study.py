@@ -64,8 +64,8 @@ def test_the_arms_of_the_look_study_differ_in_how_they_look_alone() -> None:
         assert (tune.steps, tune.groups_per_step, tune.group_size, tune.learning_rate) == (300, 16, 8, 2e-4)
     looks = {name: arms[name].perception_of(tune) for name, tune in tunes.items()}
     assert {name: look.budget.rounds for name, look in looks.items()} == {"twice": 2, "once": 1, "r1_5": 1, "r1_5_wide": 1}
-    assert all(tunes[name].evaluated.budget.rounds == 2 for name in ("r1_5", "r1_5_wide"))
-    assert tunes["r1_5"].evaluated.args.items() <= looks["twice"].args.items()  # scored in the views of `twice`
+    assert all(tunes[name].eval_perception.budget.rounds == 2 for name in ("r1_5", "r1_5_wide"))
+    assert tunes["r1_5"].eval_perception.args.items() <= looks["twice"].args.items()  # scored in the views of `twice`
     assert "clue" in arms["r1_5"].rewards_of(tunes["r1_5"]) and "clue" not in arms["once"].rewards_of(tunes["once"])
 
 

@@ -18,10 +18,10 @@ from rft.hf.step import Stage
 from rft.hf.together import Together
 from rft.plugins import load_object
 from rft.rollout.guided import Guide
+from rft.rollout.loop import roll_out
 from rft.rollout.perceive import ONCE
 from rft.rollout.policy import Context, Scripted
 from rft.rollout.reference import reference_rollout, variants
-from rft.rollout.walk import roll_out
 from rft.scoring import Reward, score
 from rft.train import train
 from rft.types import POLICY, REFERENCE, Group, Rollout, Sample

@@ -28,9 +28,9 @@ from rft.hf.voice import Voice
 from rft.loaded import load
 from rft.recipe import Mix, Sampling
 from rft.report.rollout_log import RolloutLog
+from rft.rollout.loop import roll_out
 from rft.rollout.policy import Limits
 from rft.rollout.render import Prompt
-from rft.rollout.walk import roll_out
 from rft.scoring import Reward
 from rft.train import train
 from rft.types import REFERENCE, Batch, Rollout, Sample

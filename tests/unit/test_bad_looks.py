@@ -10,7 +10,7 @@ import pytest
 from rft.data.media import read
 from rft.errors import DataError
 from rft.evaluation.contract import HOSTILE
-from rft.rollout.walk import opening
+from rft.rollout.loop import opening
 from tests.looks import ANSWER, asking, film, looks, renderer, rolled
 
 CALL = "<zoom>[0, 0, 1000, 1000]</zoom>"  # cut to the whole picture: 8 tokens in 4 pairs, as the first view
@@ -51,7 +51,9 @@ def test_nothing_is_ever_shown_beyond_a_budget(path: Path) -> None:
         assert all(len(c.ids) <= render.max_prompt_tokens for c in met[1:] if c.segments[-1].author == "world"), trial
         looked = [s for s in rollout.segments[1:] if s.views]
         assert context == "fresh" or not budget["looks"] or sum(len(s.views) for s in looked) <= budget["looks"], trial
-        assert context == "append" or use == "replay" or all(round[0].views for round in rollout.rounds), trial  # none is blind
+        assert context == "append" or use == "replay" or all(round[0].views for round in rollout.contexts), (
+            trial
+        )  # none is blind
         assert rollout.stop in ("answered", "length", "turns")
         assert (rollout.stop != "turns") or rollout.refused, trial
 
@@ -135,7 +137,7 @@ def test_a_film_that_breaks_between_rounds_is_a_refusal(harm: str, context: str,
             else looks(use, context, fetch=fetch)
         )
         rollout, _ = rolled(asking(broken), said, how, renderer(), between=breaks)
-        assert set(rollout.refused) == {"unreadable"} and all(s.views for round in rollout.rounds for s in round[:1])
+        assert set(rollout.refused) == {"unreadable"} and all(s.views for round in rollout.contexts for s in round[:1])
         if context == "append":
             assert "Not shown: it cannot be read." in rollout.segments[2].text and rollout.answer == "6 to 9"
         else:

@@ -9,7 +9,7 @@ import pytest
 from rft.errors import DataError, RecipeError
 from rft.families import FAMILIES
 from rft.perceiving import looking
-from rft.rollout.perceive import Perceive
+from rft.rollout.perceive import PerceptionSpec
 from rft.rollout.reference import reference_rollout
 from tests.looks import ANSWER, asking, film, looks, moving, renderer, rolled, user
 
@@ -91,7 +91,7 @@ def test_a_perception_of_ones_own(family: str, own: Path, path: Path) -> None:
         assert rollout.views[1].seconds == (10.0, 13.25, 16.5, 19.75) and rollout.answer == "6 to 9"
         assert rollout.segments[2].text == "\n" + user(moving(family, ("11.6", "18.1")) + "Now answer.")
         assert reference_rollout(asking(path), renderer(family), looking=how).turns == ("<half>first</half>", ANSWER)
-    near = looking(Perceive(use="half.py:Half"), "perception", near=own.parent)
+    near = looking(PerceptionSpec(use="half.py:Half"), "perception", near=own.parent)
     assert near.make().budget.rounds == 2
     with pytest.raises(DataError, match="Silent has no `teach`"):
         reference_rollout(asking(path), renderer(family), looking=looks(f"{own}:Silent"))
@@ -120,5 +120,5 @@ def test_a_perception_of_ones_own(family: str, own: Path, path: Path) -> None:
 )  # fmt: skip
 def test_a_recipe_that_is_wrong_names_its_key(use: str, args: dict, where: str, what: str, own: Path) -> None:
     with pytest.raises(RecipeError) as caught:
-        looking(Perceive(use=use.replace("{own}", str(own)), args=args), "perception")
+        looking(PerceptionSpec(use=use.replace("{own}", str(own)), args=args), "perception")
     assert caught.value.where.startswith(where) and what in str(caught.value)

@@ -45,7 +45,7 @@ def test_iterative_in_one_conversation(family: str, path: Path) -> None:
     again = "\n" + user(moving(family, CLOSE_PRINTED) + "when?")
     assert texts(rollout) == [user(moving(family, PRINTED) + "when?"), CLUED, again, ANSWER]
     assert [s.author for s in rollout.segments] == ["world", "policy", "world", "policy"]
-    assert not any(s.is_fresh for s in rollout.segments) and rollout.rounds == (rollout.segments,)
+    assert not any(s.is_fresh for s in rollout.segments) and rollout.contexts == (rollout.segments,)
     assert [(v.seconds, v.tokens) for v in rollout.views] == [(FIRST, 8), (CLOSE, 8)]
     assert [mark(frame) for frame in read(rollout.views[1])] == [int(4 * s) for s in CLOSE]  # what is told is what is shown
     assert (rollout.turns, rollout.answer, rollout.stop, rollout.refused) == ((CLUED, ANSWER), "6 to 9", "answered", ())
@@ -61,7 +61,7 @@ def test_iterative_with_fresh_prompts(family: str, path: Path) -> None:
     world = [user(moving(family, PRINTED) + "when?"), *(user(close + text) for text in told)]
     assert [s.text for s in rollout.segments[::2]] == world
     assert [s.is_fresh for s in rollout.segments] == [False, False, True, False, True, False]
-    assert rollout.rounds == tuple(rollout.segments[i : i + 2] for i in (0, 2, 4))
+    assert rollout.contexts == tuple(rollout.segments[i : i + 2] for i in (0, 2, 4))
     assert [c.segments for c in met] == [rollout.segments[i : i + 1] for i in (0, 2, 4)]  # nothing of what came before
     assert rollout.turns == (CLUED, CLUED, ANSWER)
 

@@ -97,7 +97,7 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_the_arithmetic_and_the_rollouts_load_no_framework() -> None:
-    loaded = loaded_by("import rft.algo, rft.rollout.walk, rft.rollout.reference, rft.scoring, rft.quarantine")
+    loaded = loaded_by("import rft.algo, rft.rollout.loop, rft.rollout.reference, rft.scoring, rft.quarantine")
     assert "torch" in loaded
     assert not loaded & {*FRAMEWORKS, "tokenizers", "datasets", "torchvision"}
 

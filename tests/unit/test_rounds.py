@@ -9,8 +9,8 @@ import pytest
 
 from rft.evaluation.rounds import CONTROLS, at_rounds, can_be_led, controlled, describe, one_look, report
 from rft.families import FAMILIES
+from rft.rollout.loop import opening
 from rft.rollout.perceive import Looking
-from rft.rollout.walk import opening
 from rft.types import Media, Rollout
 from tests.looks import ANSWER, FIRST, asking, film, looks, renderer, rolled
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from rft.families import FAMILIES
 from rft.hf.tiny import make_tokenizer
+from rft.rollout.loop import roll_out
 from rft.rollout.policy import Context, Limits, Scripted
 from rft.rollout.render import Prompt, Renderer
-from rft.rollout.walk import roll_out
 from rft.types import Sample
 
 

@@ -19,11 +19,11 @@ from rft.families import FAMILIES
 from rft.hf.tiny import make_tokenizer
 from rft.report.rollout_log import RolloutLog
 from rft.report.trace import trace
+from rft.rollout.loop import opening, roll_out
 from rft.rollout.perceive import Allowance, Final, Looking, State, Turn
 from rft.rollout.policy import Limits, Scripted
 from rft.rollout.reference import reference_rollout
 from rft.rollout.render import Prompt, Renderer
-from rft.rollout.walk import opening, roll_out
 from rft.run.history import cut_back
 from rft.types import Group, Media, Rollout, Sample, Scored, Segment, View
 from tests.videos import spaced, write_video

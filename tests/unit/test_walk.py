@@ -10,10 +10,10 @@ import pytest
 from rft.data.views import Look
 from rft.errors import DataError, RolloutError
 from rft.families import FAMILIES
+from rft.rollout.loop import opening, taught
 from rft.rollout.perceive import Final, Looking, State, Turn
 from rft.rollout.policy import stream_key
 from rft.rollout.reference import reference_rollout
-from rft.rollout.walk import opening, taught
 from rft.types import Media
 from tests.looks import ANSWER, FIRST, PRINTED, asking, film, looks, moving, renderer, rolled, user
 

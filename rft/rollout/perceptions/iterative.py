@@ -52,12 +52,16 @@ class Iterative:
     write: str = "{answer}<clue>{clue}</clue>"
 
     def __post_init__(self) -> None:
-        if self.ratio is not None and (self.rule == "window" or not 1 <= self.ratio < inf):
-            raise RecipeError(
-                "ratio", f"ratio={self.ratio} with the rule {self.rule}", "give a rule with two densities 1 or more"
-            )
-        if self.frames == 1 or min(self.frames, self.coarse, self.fine, self.share, self.least) < 0:
-            raise RecipeError("iterative", "frames, coarse, fine, share and least", "give 0 or more, and 2 frames or more")
+        if self.ratio is not None and self.rule == "window":
+            do = "take ratio out, or choose rule: two_streams"
+            raise RecipeError("ratio", "the rule window shows one density only: ratio does nothing", do)
+        if self.ratio is not None and not 1 <= self.ratio < inf:
+            raise RecipeError("ratio", f"ratio={self.ratio} is not 1 or more", "give e.g. 2")
+        for name in ("frames", "coarse", "fine", "share", "least"):
+            if (value := getattr(self, name)) < 0:
+                raise RecipeError(name, f"{name}={value} is below 0", "give 0 or more")
+        if self.frames == 1:
+            raise RecipeError("frames", "frames=1 is one frame", "give 2 or more, or 0 for as many as at first")
         try:
             self.write.format(answer="", clue="")
         except (LookupError, ValueError) as error:
