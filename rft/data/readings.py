@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from rft.types import Sample
+from rft.types import Sample, Span
 
 
 def retold(sample: Sample, answer: Mapping[str, Any]) -> Sample:
@@ -21,3 +21,8 @@ def readings(sample: Sample) -> tuple[Sample, ...]:
         return (sample,)
     alone = {key: value for key, value in sample.answer.items() if key != "valid_spans"}
     return tuple(retold(sample, {**alone, "span": span}) for span in (alone["span"], *valid))
+
+
+def clued(answer: Mapping[str, Any]) -> tuple[Span, ...]:
+    """The windows that a first look should find: the annotated `clue`, else `spans`, else the `span`; () without these."""
+    return answer.get("clue") or answer.get("spans") or ((answer["span"],) if "span" in answer else ())

@@ -13,6 +13,7 @@ author can get wrong (fields that contradict each other, a budget that does) is 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -300,3 +301,8 @@ def frame_seconds(media: Media) -> tuple[float, ...]:
     Raises DataError when the file cannot be read.
     """
     return files.probe(media.source).seconds if media.kind == "video" else media.seconds
+
+
+def longest(views: Iterable[View]) -> View | None:
+    """The longest video among some views; None without one."""
+    return max((v for v in views if v.kind == "video"), key=lambda v: v.duration, default=None)

@@ -18,7 +18,7 @@ from statistics import fmean
 from typing import Any
 
 from rft.data.readings import retold
-from rft.data.views import Look
+from rft.data.views import Look, longest
 from rft.rollout import actions
 from rft.rollout.perceive import Final, Looking, Perception, State, Turn
 from rft.rollout.render import Renderer
@@ -114,7 +114,7 @@ class Misled(Led):
 
     def _told(self, state: State) -> Sample:
         draw, answer = random.Random(state.seed), dict(state.sample.answer)
-        film = max((v for v in state.views if v.kind == "video"), key=lambda v: v.duration, default=None)
+        film = longest(state.views)
         end = film.duration if film else 0.0
         for key in ("clue", "spans"):
             if key in answer:

@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from rft.data.views import Look
-from rft.errors import DataError
 from rft.families import Family
 from rft.types import Sample, View
 
@@ -112,15 +111,6 @@ class Perception(Protocol):
     def observe(self, reply: str, media: tuple[View, ...], state: State) -> Turn | Final:
         """What follows a reply, whatever is written in it."""
         ...
-
-
-def asked(template: str, sample: Sample) -> str:
-    """A format string over the row's columns. Raises DataError when the row has not what it names."""
-    try:
-        return template.format_map(sample.row)
-    except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:
-        what = f"cannot fill the question {template!r} of its perception: {type(error).__name__} {error}"
-        raise DataError(f"sample {sample.id}", what, f"the row has: {', '.join(sorted(map(str, sample.row)))}") from error
 
 
 class Single:

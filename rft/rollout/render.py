@@ -13,6 +13,7 @@ from typing import Any
 from rft.data import media
 from rft.data.budget import Budget
 from rft.data.samples import check_inside
+from rft.data.views import longest
 from rft.errors import DataError, RolloutError
 from rft.families import Family
 from rft.types import Sample, Segment, View
@@ -47,14 +48,17 @@ class Renderer:
                 the prompt is over the budget with every media at its smallest.
         """
         views = [self.view(sample, i) for i in range(len(sample.media))]
-        if moving := [v for v in views if v.kind == "video"]:
-            longest = max(moving, key=lambda v: v.duration)
-            check_inside(sample.answer, longest.duration, f"{_at(sample)}, {sample.media[longest.media].name}")
+        self.check_inside(sample, views)
         segment = self._segment(sample, views)
         if len(segment.ids) <= self.max_prompt_tokens:
             return segment
         text = len(segment.ids) - sum(map(self._cost, views))
         return self._segment(sample, self._shrunk(sample, views, text))
+
+    def check_inside(self, sample: Sample, views: Sequence[View]) -> None:
+        """Raises DataError when the annotation does not lie inside the longest of the videos that are shown."""
+        if film := longest(views):
+            check_inside(sample.answer, film.duration, f"{_at(sample)}, {sample.media[film.media].name}")
 
     def view(self, sample: Sample, index: int, max_tokens: int | None = None) -> View:
         """What is shown of one of the sample's media. Raises DataError with the sample's name."""
@@ -152,7 +156,7 @@ class Renderer:
             raise DataError(_at(sample), f"task {sample.task!r} has no answer template", do)
         if not sample.answer:
             raise DataError(_at(sample), "the row has no answer", "add an answer or drop the row")
-        text = _fill(template, {**sample.row, **sample.answer}, sample)
+        text = fill(template, {**sample.row, **sample.answer}, sample)
         self._refuse_specials([text], sample)
         return text
 
@@ -196,7 +200,7 @@ class Renderer:
             return [*([] if is_led else _system(known)), *(dict(m) for m in sample.messages)]
         prompt = self._task(sample)
         parts = [{"type": "image" if m.kind == "image" else "video"} for m in sample.media]
-        parts.append({"type": "text", "text": _fill(prompt.question, sample.row, sample)})
+        parts.append({"type": "text", "text": fill(prompt.question, sample.row, sample)})
         return [*_system(prompt), {"role": "user", "content": parts}]
 
     def _refuse_specials(self, texts: Sequence[str], sample: Sample) -> None:
@@ -265,7 +269,8 @@ def _expand(text: str, views: Sequence[View], family: Family, sample: Sample) ->
     return "".join([*out, rest])
 
 
-def _fill(template: str, columns: Mapping[str, Any], sample: Sample) -> str:
+def fill(template: str, columns: Mapping[str, Any], sample: Sample) -> str:
+    """A format string over some columns. Raises DataError, with the row's place, when they have not what it names."""
     try:
         return template.format_map(columns)
     except (KeyError, IndexError, ValueError, TypeError, AttributeError) as error:

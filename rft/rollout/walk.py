@@ -8,7 +8,6 @@ from traceback import extract_tb
 from typing import Any
 
 from rft import parsing
-from rft.data.samples import check_inside
 from rft.data.views import Look, Refused, look
 from rft.errors import DataError, RftError, RolloutError
 from rft.rollout.perceive import Fetch, Final, Looking, Perception, State, Turn
@@ -214,9 +213,7 @@ def opened(turn: Turn, sample: Sample, renderer: Renderer) -> Segment:
         views.append(view)
     if turn.looks is None:
         views = [renderer.view(sample, i) for i in range(len(sample.media))]
-    if moving := [v for v in views if v.kind == "video"]:
-        longest = max(moving, key=lambda v: v.duration)
-        check_inside(sample.answer, longest.duration, f"sample {sample.id}, {sample.media[longest.media].name}")
+    renderer.check_inside(sample, views)
     question = renderer.question(sample) if turn.text is None else turn.text
     segment = renderer.anew(sample, views, "\n".join(filter(None, (turn.note, question))))
     if len(segment.ids) > renderer.max_prompt_tokens:

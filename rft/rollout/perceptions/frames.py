@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rft.data.views import Look
+from rft.data.readings import clued
+from rft.data.views import Look, longest
 from rft.errors import RecipeError
 from rft.rollout import actions
-from rft.rollout.perceive import Final, State, Turn, asked
+from rft.rollout.perceive import Final, State, Turn
+from rft.rollout.render import fill
 from rft.types import Sample, Span, View
 
 
@@ -38,7 +40,7 @@ class Frames:
             raise RecipeError("failed", f"{self.failed!r} names {error}", "it knows {last} and {tag}") from error
 
     def start(self, sample: Sample, media: tuple[View, ...]) -> Turn:
-        asked(self.told, sample)
+        fill(self.told, sample.row, sample)
         if self.strip is None and self.coarse is None:
             return Turn()
         films = {v.media for v in media if v.kind == "video"}
@@ -57,11 +59,11 @@ class Frames:
         if not found.is_usable:
             return Turn(text="", note=self.failed.format(last=count - 1, tag=self.tag), looks=(), refused=(found.status,))
         picked = Look(indices=found.indices, of=strip, max_tokens=self.max_tokens, min_pixels=self.fine, apart=True)
-        return Turn(text=asked(self.told, state.sample) if self.told else None, looks=[picked])
+        return Turn(text=fill(self.told, state.sample.row, state.sample) if self.told else None, looks=[picked])
 
     def teach(self, answer: str, media: tuple[View, ...], state: State) -> str:
         strip, known = _strip(state), state.sample.answer
-        spans = known.get("clue") or known.get("spans") or ((known["span"],) if "span" in known else ())
+        spans = clued(known)
         if state.round or state.rounds < 2 or strip is None or not (spans or "frames" in known):
             return answer
         seconds = tuple(dict.fromkeys(strip.seconds))
@@ -74,8 +76,7 @@ class Frames:
 
 def _strip(state: State) -> View | None:
     """What the numbers count: the longest video as it was shown first."""
-    films = [v for v in state.views if v.kind == "video"]
-    return max(films, key=lambda v: v.duration, default=None)
+    return longest(state.views)
 
 
 def _inside(seconds: Sequence[float], spans: Sequence[Span]) -> list[int]:

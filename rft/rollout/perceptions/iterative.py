@@ -7,11 +7,13 @@ from math import inf
 from typing import Literal
 
 from rft import parsing
+from rft.data.readings import clued
 from rft.data.resample import RULES
-from rft.data.views import Look, frame_seconds
+from rft.data.views import Look, frame_seconds, longest
 from rft.errors import RecipeError
 from rft.rollout import actions
-from rft.rollout.perceive import Allowance, Final, State, Turn, asked
+from rft.rollout.perceive import Allowance, Final, State, Turn
+from rft.rollout.render import fill
 from rft.types import Sample, Span, View
 
 
@@ -69,11 +71,11 @@ class Iterative:
 
     def start(self, sample: Sample, media: tuple[View, ...]) -> Turn:
         self.windows: tuple[Span, ...] = ()
-        self.film = max((v for v in media if v.kind == "video"), key=lambda v: v.duration, default=None)
+        self.film = longest(media)
         if self.film is not None:  # now, so that a file that goes away meanwhile is a look that is refused
             self.seconds = frame_seconds(sample.media[self.film.media])
         for template in (self.again, self.last):
-            asked(template, sample)
+            fill(template, sample.row, sample)
         tokens = self._tokens(len(media))
         if not self.coarse and all(tokens is None or view.tokens <= tokens for view in media):
             return Turn()
@@ -91,11 +93,11 @@ class Iterative:
         template = (self.last if state.round + 1 == state.rounds else "") or self.again
         looks = self._looks(media, state)
         refused = () if found.is_usable else (found.status,)
-        return Turn(text=asked(template, state.sample) if template else None, looks=looks, refused=refused)
+        return Turn(text=fill(template, state.sample.row, state.sample) if template else None, looks=looks, refused=refused)
 
     def teach(self, answer: str, media: tuple[View, ...], state: State) -> str:
         known = state.sample.answer
-        spans = known.get("clue") or known.get("spans") or ((known["span"],) if "span" in known else ())
+        spans = clued(known)
         ends_early = self.agree or self.min_gain > 0  # at the second round, which says the same
         if not spans or self.film is None or state.round + 1 >= state.rounds or (state.round and ends_early):
             return answer
