@@ -11,6 +11,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -24,7 +25,7 @@ from rft.families import FAMILIES, Family, family_of
 from rft.hf.compat import ensure_torchvision
 from rft.loaded import Loaded, load
 from rft.recipe import SPLITS, Phase
-from rft.report.words import in_words
+from rft.report.words import in_words, looks_in_words
 from rft.rollout.loop import opening
 from rft.rollout.perceive import ONCE, Looking
 from rft.rollout.reference import reference_rollout
@@ -59,6 +60,7 @@ def check(name: str, sets: Sequence[str] = (), *, num_samples: int = 64) -> int:
     """
     ensure_torchvision()
     loaded = load(name, sets)
+    loaded.check_perceptions()
     print(f"{loaded.recipe.name}\n\n{_model(loaded)}")
     findings = list(_model_findings(loaded))
     with tempfile.TemporaryDirectory() as scratch:
@@ -66,7 +68,9 @@ def check(name: str, sets: Sequence[str] = (), *, num_samples: int = 64) -> int:
         seen: dict[str, str] = {}  # prompts, and the phase that showed them first
         for phase_name, phase in loaded.recipe.phases.items():
             print(f"\nphase {phase_name}")
-            for line in in_words(phase, loaded.recipe.rewards_of(phase)):
+            looks = looks_in_words(loaded.recipe.perception_of(phase))
+            scored = [f"scored otherwise: {looks_in_words(phase.eval_perception)}"] if phase.eval_perception else []
+            for line in (*in_words(phase, loaded.recipe.rewards_of(phase)), looks, *scored):
                 print(f"  {line}")
             findings += _phase(loaded, phase_name, splits, num_samples, seen)
     return _report(findings)
@@ -225,13 +229,13 @@ def _print_prompts(name: str, opened: Sequence[Opened], allowed: int, family: Fa
     longest = max(len(o.prompt.ids) for o in opened)
     print(f"  {len(opened)} prompts opened: {median(media):g} media tokens (up to {media[-1]}), {longest} in all, of {allowed}")
     first = opened[0]
-    text = first.prompt.text + first.reference.text
+    text = "".join(s.text for s in first.reference.segments)
     if text in seen:
         print(f"  the first reads as in phase {seen[text]}")
         return
     seen[text] = name
     print(f"  the first, sample {first.sample.id}:")
-    for view in first.prompt.views:
+    for view in first.reference.views:
         height, width = view.size
         when = f", {view.seconds[0]:.2f} to {view.seconds[-1]:.2f} of {view.duration:.2f} s" if view.seconds else ""
         print(f"    {len(view.frames)} x {width} x {height} pixels{when}: {Path(_first(view.source)).name}")
@@ -260,16 +264,20 @@ def _limits(loaded: Loaded, name: str, opened: Sequence[Opened]) -> Iterator[Fin
     """Whether the annotation itself could be said in the tokens that an answer has."""
     if not _has_tokenizer(loaded):
         return
-    longest = max(opened, key=lambda o: o.reference.num_tokens)
+    tokens, longest = max(((_longest_turn(o.reference), o.sample.id) for o in opened), key=lambda pair: pair[0])
     sampling = loaded.recipe.phases[name].sampling.max_tokens
     limits = {"evaluation.max_tokens": loaded.recipe.evaluation.max_tokens}
     limits |= {} if loaded.recipe.phases[name].supervised else {f"phases.{name}.sampling.max_tokens": sampling}
     for key, limit in limits.items():
-        if limit < longest.reference.num_tokens:
-            what = (
-                f"{limit} cut the annotation of sample {longest.sample.id}, which takes {longest.reference.num_tokens} tokens"
-            )
-            yield Finding(level="error", where=key, what=what, do=f"use at least {longest.reference.num_tokens}")
+        if limit < tokens:
+            what = f"{limit} cut the annotation of sample {longest}, which takes {tokens} tokens"
+            yield Finding(level="error", where=key, what=what, do=f"use at least {tokens}")
+
+
+def _longest_turn(rollout: Rollout) -> int:
+    """Tokens of the longest turn that is not the world's: a reply has a limit, not all of them together."""
+    runs = groupby(rollout.segments, key=lambda s: s.author == "world")
+    return max(sum(len(s.ids) for s in run) for is_world, run in runs if not is_world)
 
 
 def _until(at: str, phase: Phase, opened: Sequence[Opened]) -> Iterator[Finding]:

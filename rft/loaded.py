@@ -60,6 +60,12 @@ class Loaded:
         at = f"phases.{name}.perception" if name else "perception"
         return looking(self.recipe.perception_of(phase), at, near=self.folder, fetch=fetch)
 
+    def check_perceptions(self) -> None:
+        """Raises RecipeError when any perception of the recipe cannot be made."""
+        for phase in self.recipe.asked.values():
+            self.looking(phase)
+            self.looking_at_eval(phase)
+
     def looking_at_eval(self, phase: Phase, fetch: Fetch = unread) -> Looking:
         """How a policy looks when the phase is scored."""
         if (spec := phase.eval_perception) is None:

@@ -26,6 +26,9 @@ def looking(spec: PerceptionSpec, at: str, *, near: Path | None = None, fetch: F
         if spec.args:
             raise RecipeError(f"{at}.args", "single takes no arguments", "take them out, or name a perception that looks")
         return Looking(fetch=fetch)
+    if spec.context == "append" and spec.history != "none":
+        do = "take it out, or set context: fresh"
+        raise RecipeError(f"{at}.history", "in a growing context the model reads its own words anyway", do)
     make = _maker(spec, at, near)
     return Looking(make=make, context=spec.context, history=spec.history, budget=spec.budget, fetch=fetch)
 

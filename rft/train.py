@@ -26,10 +26,10 @@ from rft.hf.tiny import make_tiny
 from rft.hf.together import Together
 from rft.loaded import load
 from rft.phase import open_phase, score_phase, train_phase
-from rft.recipe import Recipe
+from rft.recipe import Phase, Recipe
 from rft.report.curves import draw_curves
 from rft.report.table import table
-from rft.rollout.render import Renderer
+from rft.rollout.loop import opening
 from rft.run import checkpoints
 
 
@@ -120,7 +120,7 @@ def _phases(run: Attempt) -> dict[str, Any]:
         torch.manual_seed(recipe.seed)  # adapters begin at random, the same in any attempt
         policy = open_policy(str(target) if is_trained else model, recipe, train=True)
         if not summary:
-            summary = _before(run, policy, renderer_for(recipe, policy, recipe.phases[name]))
+            summary = _before(run, policy, recipe.phases[name])
             run.sum_up(summary)
         this = open_phase(run, name, policy, start)
         summary = {**summary, key: score_phase(this) if is_trained else train_phase(this, target)}
@@ -162,14 +162,16 @@ def _refuse_adapter(start: str, recipe: Recipe) -> None:
         raise RecipeError(f"model {start}", what, "`rft export --merge` it and start from that folder, or set kl.weight to 0")
 
 
-def _before(run: Attempt, policy: LoadedModel, renderer: Renderer) -> dict[str, Any]:
+def _before(run: Attempt, policy: LoadedModel, phase: Phase) -> dict[str, Any]:
     """What can be known before training: whether the evaluations can be shown, and the trivial baselines on the test split."""
-    recipe, together = run.loaded.recipe, run.together
+    recipe, together, renderer = run.loaded.recipe, run.together, renderer_for(run.loaded.recipe, policy, phase)
+    run.loaded.check_perceptions()
+    looking = run.loaded.looking_at_eval(phase)
     if recipe.model != "tiny" and policy.family.name != recipe.family:
         raise RecipeError("family", f"{recipe.model} is {policy.family.name}, not {recipe.family}", "set family in the recipe")
     for split in ("validation", "test"):
         for sample in run.evaluated(split)[together.rank :: together.size]:
-            renderer.prompt(sample)  # an evaluation leaves nothing out: a sample that cannot be shown ends the run now
+            opening(sample, renderer, looking)  # an evaluation leaves nothing out: what cannot be shown ends the run now
     train_split, test = run.splits["train"], run.evaluated("test")
     if not test:
         return {}

@@ -150,6 +150,8 @@ class Stage:
                     prompt = opening(asked, voice.renderer, voice.looking)
                     for view in prompt.views:
                         self.lens.frames.get(view)  # headers can be sound and frames not
+                    if self.phase.supervised and not voice.looking.is_single:  # nor is what the annotation looks at
+                        reference_rollout(asked, voice.renderer, prompt, looking=voice.looking)
                     return asked, prompt
                 except DataError as error:
                     self.quarantine.add(sample.id, error)
@@ -230,6 +232,7 @@ class Stage:
                     compares_siblings=any(r.per == "group" for r in voice.rewards),
                     accuracy=lambda member: accuracy_of(member, self.accuracy)[0],
                     draw=draw,
+                    put_aside=self.quarantine.add,
                 )
                 return guide.join(*([column[i] for i in places] for column in (alone, prompts, wanted)))
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from rft.recipe import Phase, RewardSpec
+from rft.rollout.perceive import PerceptionSpec
 
 RATIO = {"gspo": "the row's mean ratio"}
 MEAN = {
@@ -14,6 +16,15 @@ MEAN = {
     "bnpo": "mean over the tokens of each forward",
     "dr_grpo": "sum over tokens divided by rows x limit",
 }
+
+
+def looks_in_words(spec: PerceptionSpec) -> str:
+    """What a rollout may look at."""
+    if spec.use == "single":
+        return "looks once"
+    way = "each round a new prompt" if spec.context == "fresh" else "one conversation that grows"
+    limits = [f"{value:g} {name.replace('_', ' ')}" for name, value in asdict(spec.budget).items() if value]
+    return f"looks again: {spec.use}, {way}; up to {', '.join(limits)}"
 
 
 def in_words(phase: Phase, rewards: Mapping[str, RewardSpec]) -> list[str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from rft.algo.guidance import Guidance, drawn_index, hint_length, opens
+from rft.errors import DataError
 from rft.rollout.loop import roll_out
 from rft.rollout.perceive import Looking
 from rft.rollout.policy import Limits, Policy, stream_key
@@ -27,7 +28,8 @@ class Guide:
     """What it takes to let the annotation in.
 
     `judge` scores rollouts with the phase's rewards, `accuracy` says how right a member is (1 at best), and `draw` (seed,
-    step ...) with the sample keys whatever is drawn.
+    step ...) with the sample keys whatever is drawn. An annotation whose look cannot be shown stays out: `put_aside` hears
+    the sample's id and why.
     """
 
     guidance: Guidance
@@ -40,6 +42,7 @@ class Guide:
     compares_siblings: bool  # some reward looks at the whole group: all are judged again when a member joins
     accuracy: Callable[[Scored], float]
     draw: tuple[object, ...]
+    put_aside: Callable[[str, DataError], None]
 
     def join(self, groups: Sequence[Group], prompts: Sequence[Segment], wanted: Sequence[bool]) -> list[Group]:
         """The groups in order, those that want the annotation and whose gate is open with it; others as they are."""
@@ -49,8 +52,10 @@ class Guide:
         ]
         if self.guidance.hints:
             return self._hinted(groups, prompts, open_ones)
+        told = {i: self._told_of(groups[i], prompts[i]) for i in open_ones}
+        open_ones = [i for i in open_ones if told[i]]
         kept = [self._seated(groups[i]) for i in open_ones]
-        references = [self._reference(groups[i], prompts[i]) for i in open_ones]
+        references = [told[i] for i in open_ones]
         if self.compares_siblings:
             pairs = [
                 (groups[i].sample, (*(m.rollout for m in members), reference))
@@ -70,12 +75,16 @@ class Guide:
         drawn = drawn_index(len(group.members), self._uniform(group.sample, "seat"))
         return (*group.members[:drawn], *group.members[drawn + 1 :])
 
-    def _reference(self, group: Group, prompt: Segment) -> Rollout:
+    def _told_of(self, group: Group, prompt: Segment, *, fills: bool = True) -> Rollout | None:
+        """The annotation as a rollout; None when what it asks to see cannot be shown."""
         best = max(group.members, key=self.accuracy).rollout if group.members else None
-        g = self.guidance
+        given = {"fill": self.guidance.fill, "field": self.guidance.field, "best": best} if fills else {}
         told = self._told(group.sample, prompt)
-        given = {"looking": self.looking, "fill": g.fill, "field": g.field, "best": best}
-        return reference_rollout(told, self.renderer, prompt, **given)
+        try:
+            return reference_rollout(told, self.renderer, prompt, looking=self.looking, **given)
+        except DataError as error:
+            self.put_aside(group.sample.id, error)
+            return None
 
     def _told(self, sample: Sample, prompt: Segment) -> Sample:
         """The sample with the spans that its annotation names in this group: the same ones for every hint."""
@@ -84,11 +93,10 @@ class Guide:
     def _hinted(self, groups: list[Group], prompts: Sequence[Segment], failing: Sequence[int]) -> list[Group]:
         """Failing groups are sampled again behind more and more of the annotation's first turn, until a member passes."""
         for level in self.guidance.hints:
-            hints = []
-            for i in failing:
-                told = self._told(groups[i].sample, prompts[i])
-                whole = reference_rollout(told, self.renderer, prompts[i], looking=self.looking).segments[1].ids
-                hints.append(self.renderer.reply("reference", whole[: hint_length(level, len(whole))]))
+            told = {i: self._told_of(groups[i], prompts[i], fills=False) for i in failing}
+            failing = [i for i in failing if told[i]]
+            first = [told[i].segments[1].ids for i in failing]
+            hints = [self.renderer.reply("reference", ids[: hint_length(level, len(ids))]) for ids in first]
             rollouts = roll_out(
                 [groups[i].sample for i in failing],
                 [prompts[i] for i in failing],

@@ -35,7 +35,8 @@ def reference_rollout(
 
     Where rollouts look, the annotation does too: its clue is the look, and its answer the last turn (`Perception.teach`).
     `fill` says what stands before the answer. With `splice_think` it is what the policy's `best` rollout wrote before its
-    own answer, still the policy's, token for token; where that did not think, the answer stands alone.
+    own answer, still the policy's, token for token; where that did not think, or had seen something else by then, the
+    answer stands alone.
 
     Raises:
         DataError: the row has no answer or no column `field`, its media cannot be read, or its look cannot be shown.
@@ -47,7 +48,17 @@ def reference_rollout(
         return [*([taken] if taken else []), renderer.reply("reference", ids)]
 
     prompt = prompt or opening(sample, renderer, looking)
-    return taught(sample, prompt, renderer, looking, write)
+    rollout = taught(sample, prompt, renderer, looking, write)
+    if fill == "splice_think" and best is not None and _behind(best) != _behind(rollout):
+        best = None  # what it thought was about something else than the annotation is shown
+        rollout = taught(sample, prompt, renderer, looking, write)
+    return rollout
+
+
+def _behind(rollout: Rollout) -> tuple[Segment, ...]:
+    """All that stands before the last turn."""
+    worlds = [i for i, s in enumerate(rollout.segments) if s.author == "world"]
+    return rollout.segments[: worlds[-1] + 1]
 
 
 def _filled(

@@ -206,7 +206,7 @@ def joined(stage: Stage, samples: list[Sample], guidance: Guidance, *draw: objec
     guide = Guide(
         guidance=guidance, size=4, policy=policy, renderer=stage.renderer, looking=ONCE, limits=limits, judge=judged,
         compares_siblings=False,
-        accuracy=lambda member: member.parts["iou"], draw=draw,
+        accuracy=lambda member: member.parts["iou"], draw=draw, put_aside=lambda sample_id, error: None,
     )  # fmt: skip
     return guide.join(judged(list(zip(samples, rollouts, strict=True))), prompts, [True] * len(samples))
 
