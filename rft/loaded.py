@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from rft.errors import RecipeError
 from rft.layers import stack
 from rft.perceiving import looking
 from rft.plugins import find_file, load_object
@@ -61,10 +62,13 @@ class Loaded:
         return looking(self.recipe.perception_of(phase), at, near=self.folder, fetch=fetch)
 
     def check_perceptions(self) -> None:
-        """Raises RecipeError when any perception of the recipe cannot be made."""
-        for phase in self.recipe.asked.values():
-            self.looking(phase)
+        """Raises RecipeError when any perception of the recipe cannot be made, or not be taught where it has to be."""
+        for name, phase in self.recipe.asked.items():
             self.looking_at_eval(phase)
+            if not self.looking(phase).is_teachable and (phase.supervised or phase.guidance):
+                what = f"{self.recipe.perception_of(phase).use} has no `teach`, and the annotation has to look too"
+                do = "write what it would say in each turn (see README), or give this phase perception: {use: single}"
+                raise RecipeError(f"phases.{name}", what, do)
 
     def looking_at_eval(self, phase: Phase, fetch: Fetch = unread) -> Looking:
         """How a policy looks when the phase is scored."""

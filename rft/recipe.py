@@ -247,7 +247,7 @@ class Recipe:
     media: Budget = field(default_factory=Budget)
     max_prompt_tokens: int = 8192
     prompts: Mapping[str, Prompt] = field(default_factory=dict)
-    perception: PerceptionSpec = field(default_factory=PerceptionSpec)  # what rollouts look at
+    perception: PerceptionSpec = field(default_factory=lambda: PerceptionSpec(use="single"))  # what rollouts look at
     rewards: Mapping[str, RewardSpec] = field(default_factory=dict)
     phases: Mapping[str, Phase] = field(default_factory=dict)
     evaluation: Evaluation = field(default_factory=Evaluation)

@@ -20,7 +20,7 @@ from rft.errors import DataError, RecipeError
 KEYS = {"step", "sample", "member", "segments"}  # without which a line is no rollout
 NAMED = 12  # steps that an error names
 NEAR = 3  # samples that it names
-TIMED = 16  # frames whose seconds are printed one by one
+TIMED = 64  # frames of a look whose seconds are all printed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -128,9 +128,12 @@ class Single:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PerceptionSpec:
-    """The key `perception` of a recipe: `use` is one of the shipped ones or path.py:Class, `args` its arguments."""
+    """The key `perception` of a recipe: `use` is one of the shipped ones or path.py:Class, `args` its arguments.
 
-    use: str = "single"
+    A phase's own takes the place of the recipe's, whole.
+    """
+
+    use: str
     args: Mapping[str, Any] = field(default_factory=dict)
     context: Ways = "append"
     history: History = "none"  # fresh: what of its own words a new prompt tells the model

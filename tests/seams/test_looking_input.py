@@ -109,3 +109,14 @@ def test_check_says_what_is_looked_at_and_counts_a_turn_and_not_all_of_them(caps
     assert "</clue><answer>" in told.replace("\n    | ", "") and told.count("pixels, ") >= 2  # the first look, and the window
     assert check(recipe, [*sets, "evaluation.max_tokens=20"]) == 1
     assert "20 cut the annotation" in capsys.readouterr().out
+
+
+def test_a_perception_that_cannot_be_taught_is_refused_where_it_has_to_be(tmp_path: Path) -> None:
+    """Once, before any row is read; a phase that only samples may have it."""
+    (tmp_path / "own.py").write_text("class Own:\n    def start(self, s, m): ...\n    def observe(self, r, m, s): ...\n")
+    recipe, use = str(ROOT / "recipes/quickstart.yaml"), f"{{use: '{tmp_path}/own.py:Own'}}"
+    with pytest.raises(RecipeError, match=r"phases\.warmup.*has no `teach`"):
+        load(recipe, [f"perception={use}"]).check_perceptions()
+    load(recipe, [f"phases.grpo.perception={use}"]).check_perceptions()
+    with pytest.raises(RecipeError, match=r"phases\.grpo\.perception\.use.*required"):
+        load(recipe, ["phases.grpo.perception={budget: {rounds: 3}}"])
