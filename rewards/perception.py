@@ -23,6 +23,7 @@ def clue_iou(
     kind: str | None = None,
     boxes: str = "file",
     per_turn: bool = False,
+    rounds: int | None = None,
 ) -> float | Score | None:
     """Overlap of the clue of one turn (-1 is the last) with the annotation; None without one that a clue could match.
 
@@ -34,14 +35,15 @@ def clue_iou(
     clue is not cut to the video, so that a window without end is worth nothing.
 
     With `per_turn` it is the mean over the turns that were to give one (all but the last, the first in any case), and each
-    turn is worth its own.
+    turn is worth its own. `rounds` is how many turns there may be: then rounds - 1 were to give one (one at least), and those
+    that did not come count 0. Without it a rollout that ends behind its best clue earns more than one that goes on.
     """
     truth = _clue_of(sample.answer, kind)
     if truth is None:
         return None
     if not per_turn:
         return _overlap(rollout, truth, round, max_windows, boxes)
-    asked = range(max(len(rollout.turns) - 1, 1))
+    asked = range(max((len(rollout.turns) if rounds is None else rounds) - 1, 1))
     values = [_overlap(rollout, truth, turn, max_windows, boxes) for turn in asked]
     turns = (*values, 0.0)[: len(rollout.turns)]
     return Score(value=sum(values) / len(values), turns=turns)
@@ -79,7 +81,7 @@ def valid_call(
     for text, views in _rounds(rollout):
         called = parsing.calls(text, tuple(known))
         made += len(called)
-        read = [(name, media, _READERS[known[name]](body)) for name, body, media in called if name in known]
+        read = [(name, media or 0, _READERS[known[name]](body)) for name, body, media in called if name in known]
         fresh = {(name, media, tuple(values)) for name, media, values in read if values} - seen
         seen |= fresh
         valid += min(len(fresh), len(views))
@@ -179,9 +181,16 @@ def _runs(rollout: Rollout) -> list[tuple[bool, list[Segment]]]:
 
 
 def _rounds(rollout: Rollout) -> list[tuple[str, list]]:
-    """(text, views that the world answered with) of each turn."""
-    runs = _runs(rollout)
-    after = [[v for s in run for v in s.views] if world else [] for world, run in runs[1:]] + [[]]
+    """(text, views that the world answered with) of each turn.
+
+    A new prompt behind a refusal shows what was shown last: what stands there again answers nothing.
+    """
+    runs, after, shown = _runs(rollout), [], []
+    for world, run in runs:
+        views = [v for s in run for v in s.views]
+        after.append([] if not world or (run[0].is_fresh and views == shown) else views)
+        shown = views or shown
+    after = [*after[1:], []]
     return [("".join(s.text for s in run), views) for (world, run), views in zip(runs, after) if not world]
 
 

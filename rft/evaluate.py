@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from rft.errors import DataError, RecipeError
 from rft.evaluation.baselines import best_constant, random_answer
 from rft.evaluation.best_of import Text, agreement, best, confidence, picked, surest
 from rft.evaluation.metrics import measure
-from rft.evaluation.rounds import CONTROLS, at_rounds, can_be_led, controlled, one_look, report
+from rft.evaluation.rounds import CONTROLS, at_rounds, can_be_led, controlled, report, spent, widened
 from rft.evaluation.scorecard import Ahead, scorecard
 from rft.files import write_whole
 from rft.hf.generate import ModelPolicy
@@ -35,6 +35,8 @@ from rft.rollout.policy import Limits
 from rft.rollout.render import Renderer
 from rft.strict import nearest
 from rft.types import Rollout, Sample
+
+CHUNK = 64  # samples that are answered before the first row is timed
 
 
 def evaluate(
@@ -126,6 +128,10 @@ class Desk:
             together=together,
         )
 
+    def anew(self) -> Desk:
+        """The same, with nothing decoded: for whoever is timed."""
+        return replace(self, frames=FrameStore(self.frames.max_bytes))
+
     @contextmanager
     def decoding(self) -> Iterator[Ahead]:
         """Inside, whoever calls what is given has views decoded ahead."""
@@ -150,43 +156,53 @@ def evaluate_rounds(
 ) -> dict[str, Any]:
     """The same policy with so many rounds of looking, and controls beside its own number of them; `output` gets it as JSON.
 
-    What a sample may show over all its rounds is the same for every number of rounds: `visual_tokens` of the recipe's
-    perception, or the most that a prompt alone shows. What it did show is reported. A recipe that does not look is asked as
-    VideoChat-R1.5 asks: `iterative`, with fresh prompts.
+    The recipe's own number is among the rows whether it is asked for or not: asked as the recipe says, what it shows of a
+    sample is what any other number of rounds may show of it (`rft/evaluation/rounds.py`); the controls look as the recipe does,
+    behind another clue. A recipe that does not look has
+    one round, and is asked for more as VideoChat-R1.5 asks: `iterative`, with fresh prompts.
+
+    Every row decodes its videos and encodes them itself, behind a chunk of samples that nobody times.
 
     Raises:
         DataError: the split is empty, holds bad rows, or a sample cannot be shown.
     """
     desk = Desk.open(name, sets, checkpoint, split)
-    recipe = desk.loaded.recipe
+    recipe, together = desk.loaded.recipe, desk.together
     phase = recipe.phases[list(recipe.phases)[-1]]
     renderer = renderer_for(recipe, desk.policy, phase)
-    asked = desk.loaded.looking_at_eval(phase, desk.frames.get)
-    if asked.is_single:
-        asked = looking(PerceptionSpec(use="iterative", context="fresh"), "perception", fetch=desk.frames.get)
-    tokens = asked.budget.visual_tokens or one_look(desk.samples, renderer)
-    own, table_rows = max(asked.budget.rounds, 2), {}
+    asked = desk.loaded.looking_at_eval(phase)
+    own = 1 if asked.is_single else max(asked.budget.rounds, 1)
+    more = looking(PerceptionSpec(use="iterative", context="fresh"), "perception") if asked.is_single else asked
+    table_rows: dict[str, dict[str, Any]] = {}
     result: dict[str, Any] = {"rounds": {}, "controls": {}}
 
-    with desk.decoding() as ahead:
-
-        def measured(looks: Looking, number: int) -> dict[str, Any]:
+    def measured(looks: Looking, number: int, renderer: Renderer) -> tuple[dict[str, Any], list[Rollout]]:
+        row = desk.anew()
+        with row.decoding() as ahead:
             began = time.monotonic()
-            metrics, rollouts = desk.card(renderer, looks, ahead)
-            return report(metrics, rollouts, number, time.monotonic() - began)
+            metrics, rollouts = row.card(renderer, replace(looks, fetch=row.frames.get), ahead)
+            seconds = time.monotonic() - began
+        return report(metrics, rollouts, number, seconds, ranks=together.size), rollouts
 
-        for number in sorted(set(rounds)):
-            result["rounds"][str(number)] = measured(at_rounds(asked, number, tokens), number)
-            table_rows[f"{number} round{'s' * (number > 1)}"] = result["rounds"][str(number)]
-        if can_be_led(desk.samples) and asked.is_teachable:
-            for control in CONTROLS:
-                result["controls"][control] = measured(controlled(at_rounds(asked, own, tokens), control), own)
-                table_rows[f"{own}, {control.replace('_', ' ')}"] = result["controls"][control]
-    result |= {"split": split, "samples": len(desk.samples), "visual_tokens": tokens, "controls_at": own}
-    if desk.together.rank == 0:
+    first = replace(desk, samples=desk.samples[: CHUNK * together.size]).anew()
+    first.card(renderer, replace(asked, fetch=first.frames.get), lambda views: None)
+    told, rollouts = measured(asked, own, renderer)
+    tokens, wide = spent(rollouts), widened(renderer)
+    for number in sorted({own, *rounds}):
+        row = told if number == own else measured(at_rounds(more, number, wide, tokens), number, wide)[0]
+        result["rounds"][str(number)] = row
+        table_rows[f"{number} round{'s' * (number > 1)}{', its own' * (number == own)}"] = row
+    led, shown = (asked, renderer) if own > 1 else (at_rounds(more, 2, wide, tokens), wide)
+    if more.is_teachable and can_be_led(desk.samples, shown, led):
+        for control in CONTROLS:
+            result["controls"][control], _ = measured(controlled(led, control), led.budget.rounds, shown)
+            table_rows[f"{led.budget.rounds}, {control.replace('_', ' ')}"] = result["controls"][control]
+    result |= {"split": split, "samples": len(desk.samples), "visual_tokens": told["visual_tokens"]}
+    result |= {"own": own, "controls_at": led.budget.rounds}
+    if together.rank == 0:
         print(table(table_rows, more=("visual_tokens", "valid_clues", "seconds")), flush=True)
         if not result["controls"]:
-            print("no controls: they need a perception with `teach`, and a clue in every annotation")
+            print("no controls: they need a perception with `teach`, and in every annotation something that it looks at")
         if output:
             write_whole(Path(output), json.dumps(result, indent=1))
     return result

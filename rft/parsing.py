@@ -175,8 +175,8 @@ def blocks(text: str | None, tags: Sequence[str]) -> list[tuple[str, str]]:
     return found
 
 
-def calls(text: str | None, tools: Sequence[str]) -> list[tuple[str, str, int]]:
-    """(tool, its arguments, number of the media it names or 0) of every call in a text, in order.
+def calls(text: str | None, tools: Sequence[str]) -> list[tuple[str, str, int | None]]:
+    """(tool, its arguments, number of the media that it names or None) of every call in a text, in order.
 
     A call is a tag of its own (`<zoom>[10, 20, 60, 80]</zoom>`), JSON in a `<tool_call>`, or where no tag is JSON by itself:
     `{"name": "zoom", "arguments": {"box": [10, 20, 60, 80], "video": 1}}`. JSON may name any tool; without a name it is "".
@@ -226,14 +226,14 @@ def choice(text: str | None, letters: Container[str]) -> str | None:
     return None
 
 
-def _called(text: str) -> tuple[str, str, int]:
+def _called(text: str) -> tuple[str, str, int | None]:
     named = _CALLED.search(text)
-    return (named[1], *_addressed(text[: named.start()] + text[named.end() :])) if named else ("", text, 0)
+    return (named[1], *_addressed(text[: named.start()] + text[named.end() :])) if named else ("", text, None)
 
 
-def _addressed(text: str) -> tuple[str, int]:
+def _addressed(text: str) -> tuple[str, int | None]:
     media = _MEDIA.search(text)
-    return (text[: media.start()] + text[media.end() :], int(media[1])) if media else (text, 0)
+    return (text[: media.start()] + text[media.end() :], int(media[1])) if media else (text, None)
 
 
 def _window(text: str) -> tuple[float, float] | None:

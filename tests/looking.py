@@ -61,7 +61,7 @@ class Pointing(Replay):
     def observe(self, reply: str, media: tuple[View, ...], state: State) -> Turn | Final:
         draw = stream_key(reply, state.round)
         wanted = self.wanted.get(state.sample.id, 1 if draw % 4 == 0 else state.rounds)
-        if not reply.endswith(self.stops) or state.round >= wanted:
+        if not any(stop in reply for stop in self.stops) or state.round >= wanted:
             return Final()
         if draw % 5 == 0:
             return Turn(looks=(), refused=("unparsable",), inline=True)

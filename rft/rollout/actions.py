@@ -58,7 +58,7 @@ class Reading:
     boxes: tuple[Box, ...] = ()  # in the model's own coordinates
     indices: tuple[int, ...] = ()  # ascending, each once
     name: str = ""  # the tag or the tool
-    media: int = 0  # of a call: the media it names
+    media: int | None = None  # of a call: the media it names
 
     @property
     def is_usable(self) -> bool:
@@ -131,7 +131,7 @@ def calls(text: str | None, known: Mapping[str, Kind], limits: Limits = Limits()
     return tuple(_call(name, body, media, known, limits) for name, body, media in parsing.calls(text, tuple(known))[:most])
 
 
-def _call(name: str, arguments: str, media: int, known: Mapping[str, Kind], limits: Limits) -> Reading:
+def _call(name: str, arguments: str, media: int | None, known: Mapping[str, Kind], limits: Limits) -> Reading:
     if name not in known:
         return Reading(status="unknown" if name else "unparsable", name=name, media=media)
     # JSON around a list is this tool's grammar, not a fault

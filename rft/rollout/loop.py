@@ -128,5 +128,12 @@ def look_around(walks: Sequence[Walk], *, late: bool = False) -> list[Walk]:
 
 
 def _ends_with(stops: tuple[str, ...], renderer: Renderer) -> Callable[[Sequence[int]], bool]:
+    """Whether the last token completed a stop, which may end inside of it (`><` is one token, often)."""
     longest = max(map(len, stops))  # a token is one character at least
-    return lambda ids: renderer.text(list(ids)[-longest:]).rstrip().endswith(stops)
+
+    def holds(ids: Sequence[int]) -> bool:
+        tail = list(ids)[-longest:]
+        text, before = renderer.text(tail), renderer.text(tail[:-1])
+        return any(text.count(stop) > before.count(stop) for stop in stops)
+
+    return holds

@@ -87,9 +87,14 @@ class Walk:
             what = f"{type(self.perception).__name__}.observe returned {str(turn)[:200]}"
             do = "return a Final, or a Turn whose looks are Look objects, or views of `state.views`"
             raise RolloutError(f"sample {self.sample.id}", what, do)
-        budget, written = self._looking.budget, sum(len(s.ids) for s in self._segments if s.author == "policy")
+        budget = self._looking.budget
+        is_over = len(self._replies) >= budget.rounds
+        if turn.inline and segment.ids[-1:] == (self._renderer.eos,) and not (is_over and turn.looks):
+            self.refused += [*turn.refused, *["unread"] * len(turn.looks or ())]  # nothing goes on in words that have ended
+            return
+        written = sum(len(s.ids) for s in self._segments if s.author == "policy")
         self._turn, self.is_open = turn, True
-        if len(self._replies) >= budget.rounds:
+        if is_over:
             self._end("rounds")
         elif 0 < budget.text_tokens < written + room:
             self._end("text_tokens")

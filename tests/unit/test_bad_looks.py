@@ -41,7 +41,8 @@ def test_nothing_is_ever_shown_beyond_a_budget(path: Path) -> None:
         budget = {"rounds": rng.randint(1, 4), "looks": rng.randint(0, 3), "text_tokens": rng.choice([0, 3000])}
         budget |= {"visual_tokens": rng.choice([0, 8, 20, 40]), "most_frames": rng.choice([0, 8, 20, 40])}
         render = renderer(max_prompt_tokens=rng.choice([150, 500, 8192]))
-        how = looks(use, context, rng.choice(["none", "answer", "clue"]), **budget)
+        history = rng.choice(["none", "answer", "clue"])
+        how = looks(use, context, history if context == "fresh" else "none", **budget)
         said = [rng.choice(["", ANSWER[:-1]]) + "".join(rng.choices(pieces, k=rng.randint(0, 3))) for _ in range(4)]
         rollout, met = rolled(sample, said, how, render)
         tokens, frames = sum(v.tokens for v in rollout.views), sum(len(v.frames) for v in rollout.views)

@@ -267,3 +267,12 @@ def test_random_text_gives_a_value_or_none() -> None:
             parse(text)
         numbers = [*(parsing.time_span(text) or ()), *(x for span in parsing.time_spans(text) or () for x in span)]
         assert all(0 <= x < float("inf") for x in numbers), text
+
+
+def test_calls_name_a_media_or_none() -> None:
+    box = "[1, 2, 3, 4]"
+    for more, media in (("", None), (', "image": 0', 0), (', "video": 1', 1)):
+        ((tool, inside, named),) = parsing.calls(f'{{"name": "zoom", "arguments": {{"box": {box}{more}}}}}', ("zoom",))
+        assert (tool, named, box in inside) == ("zoom", media, True)
+    assert parsing.calls(f"<zoom>{box}</zoom>", ("zoom",)) == [("zoom", box, None)]
+    assert parsing.calls("<tool_call>zoom</tool_call>", ("zoom",)) == [("", "zoom", None)]

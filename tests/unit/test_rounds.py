@@ -1,20 +1,26 @@
-"""More rounds at the same cost, and other hands on the clue."""
+"""More rounds at the same cost: what they show, and what is told of them."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from rft.evaluation.rounds import CONTROLS, at_rounds, can_be_led, controlled, describe, one_look, report
+from rft.data.budget import Budget
+from rft.evaluation.rounds import CONTROLS, at_rounds, describe, report, spent, widened
 from rft.families import FAMILIES
-from rft.rollout.loop import opening
+from rft.hf.tiny import make_tiny
+from rft.recipe import Tiny
 from rft.rollout.perceive import Looking
-from rft.types import Media, Rollout
-from tests.looks import ANSWER, FIRST, asking, film, looks, renderer, rolled
+from rft.rollout.render import Renderer
+from rft.types import Media
+from tests.conftest import SMALL
+from tests.looks import ANSWER, asking, film, looks, renderer, rolled
 
-CLUE = (4.0, 10.0)
 WRONG = "<answer>1 to 2</answer><clue>15 to 18</clue>"
 
 
@@ -23,106 +29,72 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return film(tmp_path_factory.mktemp("films") / "a.mp4")
 
 
-def shown(rollout: Rollout) -> list[tuple[float, float]]:
-    return [(v.seconds[0], v.seconds[-1]) for v in rollout.views]
-
-
-def under(control: str, path: Path, how: Looking, said: list[str]) -> Rollout:
-    sample = asking(path, span=(6.0, 9.0), clue=(CLUE,), frames=[2, 3], clue_box=(0.0, 0.0, 48.0, 24.0))
-    return rolled(sample, said, controlled(how, control), renderer())[0]
+def shared(how: Looking, rounds: int, tokens: int, render: Renderer) -> Looking:
+    return at_rounds(how, rounds, render, {"s": tokens})
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_rounds_share_the_tokens_of_one_look_evenly(family: str, path: Path) -> None:
-    render, short = renderer(family), asking(Media(kind="video", source=str(path), budget={"nframes": 4}))
-    assert one_look([short, asking(path)], render) == 8
-    how = looks("iterative", "fresh", rule="window")
-    for rounds, each in ((1, 8), (2, 4), (4, 2)):
-        at = at_rounds(how, rounds, 8)
-        assert (at.budget.rounds, at.budget.visual_tokens, at.make().budget) == (rounds, 8, at.budget)
-        rollout, _ = rolled(asking(path), ["<clue>4 to 10</clue>"] * rounds, at, render)
-        assert len(rollout.turns) == rounds and rollout.refused == ()
-        assert all(v.tokens <= each for v in rollout.views) and sum(v.tokens for v in rollout.views) <= 8
-        assert rollout.views[0].tokens > each / 2 - 1  # a share is used, not hoarded
-    assert how.make().budget.visual_tokens == 0  # the one it was made from is as it was
-    assert at_rounds(Looking(), 2, 8).is_single
+@pytest.mark.parametrize("context", ["append", "fresh"])
+def test_any_number_of_rounds_shows_as_much_as_the_recipe_s_own(context: str, family: str, path: Path) -> None:
+    """Whatever the recipe's own rounds are made of: a coarse look and a fine one take 4 + 16 tokens here."""
+    render, clue = renderer(family), "<answer>1 to 2</answer><clue>4 to 10</clue>"
+    own = looks("iterative", context, rule="window", rounds=2, coarse=784, fine=4 * 784, visual_tokens=24)
+    rollout, _ = rolled(asking(path), [clue, ANSWER], own, render)
+    tokens = spent([rollout])["s"]
+    assert [v.tokens for v in rollout.views] != [tokens // 2] * 2  # shared out as it likes
+    for rounds in (1, 2, 3, 4):
+        how = shared(own, rounds, tokens, widened(render))
+        rollout, _ = rolled(asking(path), [clue] * rounds, how, widened(render))
+        assert len(rollout.turns) == len(rollout.views) == rounds and rollout.refused == ()
+        share = tokens // rounds
+        assert all(v.tokens <= share for v in rollout.views)
+        assert rollout.views[0].tokens >= share - 2  # filled, up to a pair of frames, with the whole film
+        assert (rollout.views[0].seconds[0], rollout.views[0].seconds[-1]) == (0.0, 19.75)
+    assert own.make().budget.visual_tokens == 24  # the one it was made from is as it was
+
+
+def test_each_sample_has_a_budget_of_its_own(path: Path, tmp_path: Path) -> None:
+    """One budget for all would let the short film show as much as the long one."""
+    render = replace(renderer(), budget=Budget(fps=1, min_frames=2, min_pixels=784, max_pixels=784))
+    samples = [asking(path), replace(asking(film(tmp_path / "long.mp4", 320)), id="long")]
+    single = [rolled(sample, [ANSWER], Looking(), render)[0] for sample in samples]
+    tokens = spent(single)
+    assert tokens == {"s": 10, "long": 40}
+    for rounds in (2, 3, 4):
+        how = at_rounds(looks("iterative", "fresh"), rounds, render, tokens)
+        for sample in samples:
+            rollout, _ = rolled(sample, ["<clue>4 to 10</clue>"] * rounds, how, render)
+            most = tokens[sample.id]
+            assert len(rollout.turns) == rounds and most - 2 * rounds <= sum(v.tokens for v in rollout.views) <= most
 
 
 @pytest.mark.parametrize("use", ["zoom", "frames", "replay"])
 def test_perceptions_that_know_of_no_budget_share_it_too(use: str, path: Path) -> None:
     call = "<zoom>[0, 0, 1000, 1000]</zoom><frames>[1, 3]</frames><sot>[0, 0, 1, 1]<eot>"
-    for rounds, tokens in ((1, 8), (2, 16), (2, 8)):
-        how = at_rounds(looks(use), rounds, tokens)
-        rollout, _ = rolled(asking(path), [call, ANSWER][-rounds:], how, renderer())
+    for rounds, tokens in ((2, 16), (2, 8), (2 if use == "frames" else 3, 24)):  # of a strip frames are named once
+        said, how = [*[call] * (rounds - 1), ANSWER], shared(looks(use), rounds, tokens, renderer())
+        rollout, _ = rolled(asking(path), said, how, renderer())
         assert len(rollout.views) == rounds and rollout.refused == ()
         assert all(view.tokens <= tokens // rounds for view in rollout.views)
-    if use != "replay":  # what fits is the sample's own prompt
-        assert opening(asking(path), renderer(), at_rounds(looks(use), 2, 16)) == renderer().prompt(asking(path))
+    once, met = rolled(asking(path), [call], shared(looks(use), 1, 20, renderer()), renderer())
+    assert (once.stop, once.refused, [v.tokens for v in once.views]) == ("answered", (), [20])  # nobody waits for a look
+    assert "when?" in met[0].segments[0].text and once.views[0].pool == 1
 
 
-@pytest.mark.parametrize("context", ["append", "fresh"])
-def test_the_oracle_shows_the_annotation_whatever_is_said(context: str, path: Path) -> None:
-    how = looks("iterative", context, rule="window", share=0.0)
-    for said in ([WRONG, WRONG, ANSWER], ["nothing", "<clue>", ANSWER]):
-        assert shown(under("oracle_clue", path, how, said))[1:] == [CLUE, CLUE]
-    assert shown(rolled(asking(path), [WRONG, WRONG, ANSWER], how, renderer())[0])[1:] == [(15.0, 18.0)] * 2  # alone
+def test_pictures_leave_what_they_do_not_need(path: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (56, 28)).save(tmp_path / "a.png")
+    sample = asking(Media(kind="image", source=str(tmp_path / "a.png")), path)
+    rollout, _ = rolled(sample, [ANSWER], shared(looks("iterative"), 1, 34, renderer()), renderer())
+    assert [v.tokens for v in rollout.views] == [2, 32]
 
 
-def test_a_random_clue_is_as_long_and_neither_of_the_two(path: Path) -> None:
-    how = looks("iterative", rule="window", share=0.0)
-    sample = asking(path, span=(6.0, 9.0), clue=(CLUE,))
-    drawn = []
-    for number in range(8):
-        one = replace(sample, id=f"s{number}")
-        rollout, _ = rolled(one, [WRONG, WRONG, ANSWER], controlled(how, "random_clue"), renderer())
-        again, _ = rolled(one, ["else", "else", ANSWER], controlled(how, "random_clue"), renderer())
-        assert rollout.views == again.views  # drawn by the sample, and not by what the model says
-        drawn += shown(rollout)[1:]
-    assert all(5.0 <= end - start <= 6.0 and start >= 0 and end <= 19.75 for start, end in drawn)  # 6 s, frames inside
-    assert len(set(drawn)) > 10 and CLUE not in drawn and (15.0, 18.0) not in drawn
-
-
-@pytest.mark.parametrize("context", ["append", "fresh"])
-def test_the_same_frames_are_the_first_ones_again(context: str, path: Path) -> None:
-    for how in (looks("iterative", context), at_rounds(looks("iterative", context), 3, 24), looks("zoom", context, rounds=2)):
-        rollout = under("same_frames", path, how, [WRONG, "nothing", ANSWER][: how.budget.rounds])
-        assert rollout.views == rollout.views[:1] * how.budget.rounds and rollout.refused == ()
-    if context == "fresh":  # as they were, of a prompt too that had to shrink its media until it fitted
-        sample, how = (
-            asking(path, span=(6.0, 9.0), clue=(CLUE,)),
-            controlled(looks("iterative", context, rounds=2), "same_frames"),
-        )
-        rollout, _ = rolled(sample, [WRONG, ANSWER], how, renderer(max_prompt_tokens=22))
-        assert rollout.views[0].tokens < 8 and rollout.views[1] == rollout.views[0]
-
-
-@pytest.mark.parametrize("use", ["iterative", "zoom", "frames", "replay"])
-@pytest.mark.parametrize("control", CONTROLS)
-@pytest.mark.parametrize("context", ["append", "fresh"])
-def test_every_perception_stands_every_control(control: str, use: str, context: str, path: Path) -> None:
-    for said in (["<answer>1 to 2</answer>", ANSWER, ANSWER], ["<sot>[0.1, 0.1, 0.2, 0.2]<eot>", ANSWER, ANSWER]):
-        rollout = under(control, path, looks(use, context), said)
-        assert rollout.stop == "answered" and rollout.refused == ()
-        ended = use == "replay" and "<eot>" not in said[0]  # no word is put in a mouth that has closed
-        assert (len(rollout.views) == 1) == ended
-        for before, behind in zip(rollout.segments, rollout.segments[1:], strict=False):
-            if use == "replay" and behind.author == "world":
-                assert before.ids[-1] != renderer().eos
-
-
-def test_the_oracle_of_a_tool(path: Path) -> None:
-    rollout = under("oracle_clue", path, looks("zoom", rounds=2), ["<zoom>[40, 20, 50, 25]</zoom>", ANSWER])
-    assert [v.crop for v in rollout.views] == [None, (0.0, 0.0, 48.0, 24.0)]
-    rollout = under("oracle_clue", path, looks("frames", rounds=2), ["<frames>[7]</frames>", ANSWER])
-    assert set(rollout.views[1].seconds) == set(FIRST[2:4])
-    rollout = under("random_clue", path, looks("zoom", rounds=2), ["<zoom>[40, 20, 50, 25]</zoom>", ANSWER])
-    x0, y0, x1, y1 = rollout.views[1].crop
-    assert abs(x1 - x0 - 48) <= 4 and abs(y1 - y0 - 24) <= 4 and (x0, y0) != (0.0, 0.0)  # a pixel shown is 1.7 of the file
-
-
-def test_what_can_be_led() -> None:
-    assert can_be_led([asking(span=(1.0, 2.0)), asking(clue_box=(0, 0, 1, 1))])
-    assert not can_be_led([asking(span=(1.0, 2.0)), asking(choice="C")])
+def test_a_share_that_is_small_is_shown_smaller(path: Path) -> None:
+    """Chosen frames give up frames, and every look its least pixels, before it is refused."""
+    render = replace(renderer(), budget=Budget(nframes=16, min_pixels=3136, max_pixels=12544))  # 4 tokens a pair at least
+    for rule in ("two_streams", "window"):
+        how = shared(looks("iterative", rule=rule, frames=16), 3, 9, render)
+        rollout, _ = rolled(asking(path), ["<clue>4 to 10</clue>"] * 3, how, render)
+        assert rollout.refused == () and [v.tokens <= 3 for v in rollout.views] == [True] * 3
 
 
 def test_described_by_hand(path: Path) -> None:
@@ -131,7 +103,8 @@ def test_described_by_hand(path: Path) -> None:
     bad, _ = rolled(asking(path), ["<clue>50 to 60</clue>"], how, render)
     none, _ = rolled(asking(path), [ANSWER], how, render)
     told = describe([good, bad, none, good], rounds=2)
-    assert told == {"visual_tokens": 12.0, "turns": 1.5, "valid_clues": 0.5, "refused": 0.0}
+    assert told == {"visual_tokens": 12.0, "turns": 1.5, "valid_clues": pytest.approx(2 / 3), "refused": 0.0}
+    assert describe([none], rounds=2)["valid_clues"] == 0.0  # nobody was asked
     kept, _ = rolled(asking(path), [WRONG, "<clue>gone</clue>", ANSWER], looks("iterative"), render)
     assert describe([kept], rounds=3)["valid_clues"] == 0.5 and describe([kept], rounds=3)["refused"] == 1.0
     call = "<zoom>[0, 0, 28, 14]</zoom>"
@@ -141,3 +114,78 @@ def test_described_by_hand(path: Path) -> None:
         "iou": 0.25, "visual_tokens": 16.0, "turns": 2.0, "valid_clues": 1.0, "refused": 0.0,
         "seconds": 4.0, "seconds_per_round": 2.0,
     }  # fmt: skip
+    assert report({}, [good, good], 2, seconds=4.0, ranks=2)["seconds"] == 4.0  # as much work, shared by two
+
+
+def test_a_clue_counts_where_something_was_shown_for_it(path: Path) -> None:
+    def valid(said: Sequence[str], how: Looking, rounds: int) -> float:
+        return describe([rolled(asking(path), said, how, renderer())[0]], rounds)["valid_clues"]
+
+    bad, call = "<zoom>[5000, 5000, 6000, 6000]</zoom>", "<zoom>[0, 0, 28, 14]</zoom>"
+    for context in ("append", "fresh"):
+        assert valid([bad, ANSWER], looks("zoom", context), 3) == 0.0  # refused, and shown what stood there
+        assert valid([call, ANSWER], looks("zoom", context), 3) == 1.0
+        assert valid([call, bad, ANSWER], looks("zoom", context), 3) == 0.5
+        assert valid([f"{call}{ANSWER}"], looks("zoom", context), 3) == 0.0  # a call beside an answer is none
+        how = looks("iterative", context, rule="window", rounds=2)
+        assert valid([WRONG, ANSWER], how, 2) == 1.0
+        assert valid([WRONG, ANSWER], replace(how, budget=replace(how.budget, looks=1, frames=15)), 2) == 0.0
+    once = looks("iterative", rounds=1)
+    assert valid([WRONG], once, 1) == 1.0 and valid(["<clue>50 to 60</clue>"], once, 1) == 0.0
+
+
+def test_rows_of_one_checkpoint(tmp_path: Path) -> None:
+    """The recipe's own number stands there unasked; every row decodes for itself, in a store that starts empty."""
+    rows = evaluated(tmp_path, "single", [2])
+    assert list(rows["rounds"]) == ["1", "2"] and (rows["own"], rows["controls_at"]) == (1, 2)
+    assert list(rows["controls"]) == list(CONTROLS) and rows["visual_tokens"] == 7.5  # 5 and 10
+    assert rows["rounds"]["1"]["visual_tokens"] == 7.5 >= rows["rounds"]["2"]["visual_tokens"]
+    assert all(row["seconds"] > 0 and "miou" in row for row in (*rows["rounds"].values(), *rows["controls"].values()))
+    assert len(rows["stores"]) == 6 and all(count >= 2 for count in rows["stores"])  # the warm-up, 2 rows, 3 controls
+    zoomed = evaluated(tmp_path, "zoom", [1])
+    assert list(zoomed["rounds"]) == ["1", "2"] and zoomed["own"] == 2 and zoomed["controls"] == {}  # spans, and no box
+
+
+def evaluated(folder: Path, use: str, rounds: list[int]) -> dict:
+    """The rows of `rft eval --rounds`, and how many views were decoded into each store that it opened."""
+    import rft.evaluate as room
+    from rft.data.frames import FrameStore
+
+    made: list = []
+    opened = room.FrameStore
+
+    class Counted(FrameStore):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)
+            made.append(self)
+
+    write_rows(folder, use)
+    room.FrameStore = Counted
+    try:
+        found = room.evaluate_rounds(str(folder / "r.yaml"), (), str(folder / "model"), rounds, output=str(folder / "out.json"))
+    finally:
+        room.FrameStore = opened
+    assert json.loads((folder / "out.json").read_text()) == found
+    return {**found, "stores": [store.misses for store in made if store.misses or store.hits]}
+
+
+def write_rows(folder: Path, use: str) -> None:
+    if not (folder / "model").exists():
+        make_tiny(folder / "model", Tiny(family="qwen2_5_vl", **SMALL), seed=1)
+    rows = []
+    for i, count in enumerate((40, 80)):
+        film(folder / f"v{i}.mp4", count)
+        rows.append({"id": f"r{i}", "video": f"v{i}.mp4", "question": "when?", "answer": {"span": [2.0, 6.0]}})
+    for split in ("train", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "r.yaml").write_text(f"""
+name: rows
+model: {folder / "model"}
+data: {{train: train.jsonl, validation: "", test: test.jsonl, workers: 0}}
+media: {{fps: 1, min_frames: 2, min_pixels: 784, max_pixels: 784}}
+prompts: {{default: {{question: "{{question}}", answer: "<answer>{{span[0]:.0f}} to {{span[1]:.0f}}</answer>"}}}}
+perception: {{use: {use}}}
+rewards: {{iou: {{use: "rewards/grounding.py:temporal_iou"}}}}
+evaluation: {{max_tokens: 4}}
+phases: {{grpo: {{steps: 1, groups_per_step: 1}}}}
+""")

@@ -11,6 +11,7 @@ from rft.data.views import Look, longest
 from rft.errors import RecipeError
 from rft.rollout import actions
 from rft.rollout.perceive import Final, State, Turn
+from rft.rollout.perceptions.checked import check
 from rft.rollout.render import fill
 from rft.types import Sample, Span, View
 
@@ -34,6 +35,7 @@ class Frames:
     failed: str = "Name frames of the strip by their number, from 0 to {last}, in <{tag}>[..]</{tag}>."
 
     def __post_init__(self) -> None:
+        check(self, above=("strip", "coarse", "fine", "max_tokens"), least={"most": 1}, named=("tag",))
         try:
             self.failed.format(last=0, tag=self.tag)
         except (LookupError, ValueError) as error:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, replace
 from math import inf
 from typing import Literal
 
 from rft import parsing
+from rft.data.budget import Budget
+from rft.data.media import sized
 from rft.data.readings import clued
 from rft.data.resample import RULES
 from rft.data.views import Look, frame_seconds, longest
@@ -34,8 +37,9 @@ class Iterative:
     write    what the annotation writes in all rounds but the last.
 
     A clue that cannot be used leaves the earlier one in place; without any, the rollout ends with what it answered. Clues
-    are about the longest video; a fresh prompt shows the other media too. Visual tokens, where they are limited, are
-    shared out evenly over the rounds.
+    are about the longest video, or the part of it that its row shows; a fresh prompt shows the other media too. Visual
+    tokens, where they are limited, are shared out evenly over the rounds; where they are not, a media that the first prompt
+    had to show smaller takes no more later. Where `fine` frames are too large for their share, there are fewer of them.
     """
 
     budget: Allowance
@@ -73,7 +77,10 @@ class Iterative:
         self.windows: tuple[Span, ...] = ()
         self.film = longest(media)
         if self.film is not None:  # now, so that a file that goes away meanwhile is a look that is refused
-            self.seconds = frame_seconds(sample.media[self.film.media])
+            self.file = sample.media[self.film.media]
+            self.seconds, row = frame_seconds(self.file), self.file.budget
+            ends = (row.get("video_start"), row.get("video_end"))
+            self.reach = (ends[0] or 0.0, inf if ends[1] is None else ends[1])  # what may be looked at
         for template in (self.again, self.last):
             fill(template, sample.row, sample)
         tokens = self._tokens(len(media))
@@ -89,11 +96,16 @@ class Iterative:
         is_old = bool(self.windows) and self.min_gain > 0 and actions.is_unchanged(self.windows, windows, self.min_gain)
         if not windows or found.status == "empty" or is_old or (self.agree and self._agrees(state)):
             return Final()
-        self.windows = windows
         template = (self.last if state.round + 1 == state.rounds else "") or self.again
-        looks = self._looks(media, state)
+        text = fill(template, state.sample.row, state.sample) if template else None
         refused = () if found.is_usable else (found.status,)
-        return Turn(text=fill(template, state.sample.row, state.sample) if template else None, looks=looks, refused=refused)
+        looks = self._looks(windows, media, state)
+        if not looks:
+            low, high = self.reach[0], min(self.reach[1], self.film.duration)
+            note = f"Not shown: the clue is outside of the video, {low:g} to {high:g} s."
+            return Turn(text=text, note=note, looks=(), refused=(*refused, "outside"))
+        self.windows = windows
+        return Turn(text=text, looks=looks, refused=refused)
 
     def teach(self, answer: str, media: tuple[View, ...], state: State) -> str:
         known = state.sample.answer
@@ -109,23 +121,47 @@ class Iterative:
             return None
         return max(self.budget.visual_tokens // max(self.budget.rounds, 1) // max(parts, 1), 1)
 
-    def _looks(self, media: tuple[View, ...], state: State) -> list[Look]:
-        film, others = self.film, [v.media for v in media if state.is_fresh and v.media != self.film.media]
-        shown = next(v for v in state.views if v.media == film.media)
-        num, tokens = self.frames or len(shown.frames), self._tokens(1 + len(others))
-        kept = actions.Reading(status="parsed", windows=self.windows)
+    def _looks(self, windows: tuple[Span, ...], media: tuple[View, ...], state: State) -> list[Look]:
+        """Of the next round; none where a rule has no window that it may look at."""
+        film, others = self.film, [v for v in media if state.is_fresh and v.media != self.film.media]
+        shared = self._tokens(1 + len(others))
+        first = {v.media: v for v in reversed(state.views)}
+        room = {v.media: shared or self._shrunk(v, first[v.media]) for v in (film, *others)}
+        num, tokens = self.frames or len(first[film.media].frames), room[film.media]
+        kept = actions.Reading(status="parsed", windows=windows)
         looks = list(actions.looks(kept, film, state.family, share=self.share, least=self.least))
         if self.rule == "window":
-            sizes = {"max_tokens": tokens and max(tokens // len(looks), 1), "frames": max(num // len(looks), 2)}
-            looks = [replace(one, min_pixels=self.fine or None, **sizes) for one in looks]
+            each = tokens and max(tokens // len(looks), 1)
+            num, fine = self._fitting(max(num // len(looks), 2), each, state)
+            looks = [replace(one, frames=num, max_tokens=each, min_pixels=fine) for one in looks]
+        elif not any(one.span[0] < self.reach[1] and one.span[1] > self.reach[0] for one in looks):
+            return []
         else:
-            first, last = film.frames[0], film.frames[-1]  # a row may show a part of its file
+            begin = min(bisect_left(self.seconds, self.reach[0]), film.frames[0])  # a row may show less than a patch
+            end = max(bisect_right(self.seconds, self.reach[1]), film.frames[-1] + 1)
             ratio = {} if self.ratio is None else {"ratio": self.ratio}
             given = {"step": state.family.temporal_patch, **ratio}
-            indices = RULES[self.rule](self.seconds[first : last + 1], [one.span for one in looks], num, **given)
-            indices = tuple(first + i for i in indices)
-            looks = [Look(video=film.media, indices=indices, max_tokens=tokens, min_pixels=self.fine or None)]
-        return sorted([*looks, *(Look(video=i, max_tokens=tokens) for i in others)], key=lambda one: one.video)
+            num, fine = self._fitting(num, tokens, state)
+            indices = RULES[self.rule](self.seconds[begin:end], [one.span for one in looks], num, **given)
+            indices = tuple(begin + i for i in indices)
+            looks = [Look(video=film.media, indices=indices, max_tokens=tokens, min_pixels=fine)]
+        return sorted([*looks, *(Look(video=v.media, max_tokens=room[v.media]) for v in others)], key=lambda one: one.video)
+
+    def _shrunk(self, whole: View, first: View) -> int | None:
+        """The tokens of a media that the first prompt had to show smaller than its budget has it."""
+        return first.tokens if not self.coarse and first.tokens < whole.tokens else None
+
+    def _fitting(self, num: int, tokens: int | None, state: State) -> tuple[int, int | None]:
+        """As many of `num` frames as fit into the tokens in `fine` pixels, in whole temporal patches, and these pixels.
+
+        Where not even one patch fits it is shown in fewer.
+        """
+        if not self.fine or tokens is None:
+            return num, self.fine or None
+        family, pixels = state.family, Budget(min_pixels=self.fine, max_pixels=self.fine)
+        size, _ = sized(self.file, self.film.original, num, family, pixels)
+        patches = tokens // family.tokens(family.grid(family.temporal_patch, size))
+        return min(num, max(patches, 1) * family.temporal_patch), self.fine if patches else None
 
     def _agrees(self, state: State) -> bool:
         said = [parsing.tagged(reply, "answer") for reply in state.replies[-2:]]

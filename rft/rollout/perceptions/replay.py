@@ -3,6 +3,7 @@ thinks, and the tokens of that region follow from the features that were made at
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, floor
 from typing import Literal
@@ -11,6 +12,7 @@ from rft import parsing
 from rft.data.views import Look, to_file, to_view
 from rft.rollout import actions
 from rft.rollout.perceive import Final, State, Turn
+from rft.rollout.perceptions.checked import check
 from rft.types import Box, Sample, View
 
 
@@ -20,8 +22,9 @@ class Replay:
 
     `back_end` gathers unpooled `features`, or encodes a `crop` anew; the transcript is the same. The map shows means over
     `pool` x `pool` tokens. `unit` says what boxes are written in: shares of the picture, as in VGR, or the family's own.
-    A box that cannot be read or shown adds nothing, and the reply goes on; one behind an answer is not looked at. Boxes are
-    about the first media. A turn of the budget's `rounds` is what is written up to a box, or from there on.
+    A box that cannot be read or shown adds nothing, and the reply goes on; one behind an answer is not looked at, and one
+    that nothing was shown for before an answer is refused as `unread`. Boxes are about the first media. A turn of the budget's
+    `rounds` is what is written up to a box, or from there on.
     """
 
     back_end: Literal["features", "crop"] = "features"
@@ -30,6 +33,9 @@ class Replay:
     begin: str = "<sot>"
     end: str = "<eot>"
     unit: Literal["share", "family"] = "share"
+
+    def __post_init__(self) -> None:
+        check(self, above=("max_tokens",), least={"pool": 1}, named=("begin", "end"))
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -40,15 +46,21 @@ class Replay:
         return Turn(looks=[Look(video=v.media, pool=self.pool) for v in media])
 
     def observe(self, reply: str, media: tuple[View, ...], state: State) -> Turn | Final:
-        if not reply.rstrip().endswith(self.end) or parsing.tagged(reply, "answer") is not None:
+        has_answered, is_cut = parsing.tagged(reply, "answer") is not None, reply.rstrip().endswith(self.end)
+        *before, _ = (reply.partition("<answer>")[0] if has_answered else reply).split(self.end)
+        if not before or (has_answered and is_cut):
             return Final()
-        box, status = self._box(reply, state)
+        if has_answered or (state.is_last and not is_cut):  # nobody cut it behind its boxes
+            unread = self._unread(before)
+            return Turn(looks=(), refused=unread, inline=True) if unread else Final()
+        unread = self._unread(before[:-1])
+        box, status = self._box(before[-1], state)  # what stands behind it was in the same token
         if box is None:
-            return Turn(looks=(), refused=(status,), inline=True)
+            return Turn(looks=(), refused=(*unread, status), inline=True)
         shown = state.views[0]
         if self.back_end == "crop":
-            return Turn(looks=[Look(video=shown.media, crop=box, max_tokens=self.max_tokens)], inline=True)
-        return Turn(looks=[Look(of=shown, region=box, max_tokens=self.max_tokens)], inline=True)
+            return Turn(looks=[Look(video=shown.media, crop=box, max_tokens=self.max_tokens)], refused=unread, inline=True)
+        return Turn(looks=[Look(of=shown, region=box, max_tokens=self.max_tokens)], refused=unread, inline=True)
 
     def teach(self, answer: str, media: tuple[View, ...], state: State) -> str:
         known = state.sample.answer
@@ -65,9 +77,13 @@ class Replay:
         whole = (*(floor(round(x, 6)) for x in box[:2]), *(ceil(round(x, 6)) for x in box[2:]))  # a small box keeps an area
         return f"{self.begin}[{', '.join(f'{x / 10**digits:.{digits}f}' for x in whole)}]{self.end}"
 
-    def _box(self, reply: str, state: State) -> tuple[Box | None, str]:
-        """The box in pixels of the file, or why there is none."""
-        _, is_begun, inside = reply.rstrip().removesuffix(self.end).rpartition(self.begin)
+    def _unread(self, pieces: Sequence[str]) -> list[str]:
+        """A refusal for every box that ends one of the pieces."""
+        return ["unread"] * sum(self.begin in piece for piece in pieces)
+
+    def _box(self, text: str, state: State) -> tuple[Box | None, str]:
+        """The box that ends a text, in pixels of the file, or why there is none."""
+        _, is_begun, inside = text.rpartition(self.begin)
         if not is_begun or not state.views:
             return None, "unparsable" if state.views else "media"
         shown = state.views[0]
