@@ -261,9 +261,10 @@ def test_no_more_run_at_once_than_there_are_slots_and_each_with_one_thread(tmp_p
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_the_runs(number: signal.Signals, tmp_path: Path) -> None:
     program = f"""
-import sys
+import signal, sys
 from pathlib import Path
 from rft.cluster.sweep import Job, sweep
+signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where a shell runs the tests in the background
 folder = Path({str(tmp_path)!r})
 child = "import os, sys, time; open(sys.argv[1] + '.pid', 'w').write(str(os.getpid())); time.sleep(60)"
 jobs = [Job(name=n, folder=folder / n, command=(sys.executable, "-c", child, str(folder / n))) for n in "ab"]
