@@ -20,9 +20,10 @@ from rft.algo.credit import by_rollout
 from rft.algo.diagnostics import shares
 from rft.algo.guidance import Guidance
 from rft.algo.losses import KL, Columns, token_weights
+from rft.hf.columns import columns_of
 from rft.hf.logprobs import token_logprobs
 from rft.hf.models import LoadedModel
-from rft.hf.step import Agreement, Stage, columns_of
+from rft.hf.step import Agreement, Stage
 from rft.recipe import Phase, Sampling, Trainable
 from rft.rollout.perceive import Allowance
 from rft.rollout.perceptions import Iterative
