@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from rft.data.budget import Budget
 from rft.data.media import read
 from rft.families import FAMILIES
@@ -96,3 +99,9 @@ def moving(family: str, pairs: Sequence[str], each: int = 2) -> str:
 def user(text: str) -> str:
     """A prompt that is one message."""
     return f"<|im_start|>user\n{text}{TURN}"
+
+
+def photo(name: Path) -> Media:
+    """A picture of noise, 224 pixels wide and 112 high."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (112, 224, 3), dtype=np.uint8)).save(name)
+    return Media(kind="image", source=str(name))

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from rft.data.media import read
 from rft.errors import RecipeError
 from rft.families import FAMILIES
 from rft.rollout.reference import reference_rollout
 from rft.types import Media
-from tests.looks import ANSWER, FIRST, PRINTED, asking, film, looks, moving, renderer, rolled, user
+from tests.looks import ANSWER, FIRST, PRINTED, asking, film, looks, moving, photo, renderer, rolled, user
 from tests.videos import mark
 
 BOTH = pytest.mark.parametrize("family", list(FAMILIES))
@@ -30,9 +28,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory: pytest.TempPathFactory) -> Media:
-    name = tmp_path_factory.mktemp("pictures") / "a.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (112, 224, 3), dtype=np.uint8)).save(name)
-    return Media(kind="image", source=str(name))
+    return photo(tmp_path_factory.mktemp("pictures") / "a.png")
 
 
 def texts(rollout) -> list[str]:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from rft.errors import DataError
 from rft.families import FAMILIES
 from rft.rollout.reference import reference_rollout
 from rft.types import Media
-from tests.looks import ANSWER, asking, film, looks, renderer, rolled
+from tests.looks import ANSWER, asking, film, looks, photo, renderer, rolled
 
 BOTH = pytest.mark.parametrize("family", list(FAMILIES))
 
@@ -24,9 +22,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory: pytest.TempPathFactory) -> Media:
-    name = tmp_path_factory.mktemp("pictures") / "a.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (112, 224, 3), dtype=np.uint8)).save(name)
-    return Media(kind="image", source=str(name))
+    return photo(tmp_path_factory.mktemp("pictures") / "a.png")
 
 
 @BOTH

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from rft.rollout.loop import _ends_with, opening, roll_out
 from rft.rollout.policy import Limits, Scripted
 from rft.types import Media
-from tests.looks import ANSWER, asking, film, looks, renderer, rolled
+from tests.looks import ANSWER, asking, film, looks, photo, renderer, rolled
 
 BOX = "<sot>[0, 0, 0.5, 0.5]<eot>"
 
@@ -23,9 +21,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory: pytest.TempPathFactory) -> Media:
-    name = tmp_path_factory.mktemp("pictures") / "a.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (112, 224, 3), dtype=np.uint8)).save(name)
-    return Media(kind="image", source=str(name))
+    return photo(tmp_path_factory.mktemp("pictures") / "a.png")
 
 
 def call(box: str, more: str = "") -> str:
